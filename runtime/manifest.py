@@ -1,0 +1,173 @@
+"""What `vlmport.json` says: the manifest of a package as frozen dataclasses.
+
+Preprocessing, prompt, positions and cache are data here. The runtime holds one function a named strategy and never asks
+which family a package came from. Pixel counts are in pixels, patch and merge sizes in pixels and patches a side.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+__all__ = [
+    "ROLES",
+    "SCHEMA",
+    "CacheSpec",
+    "FileEntry",
+    "GenerationDefaults",
+    "GraphFile",
+    "ImageSpec",
+    "Manifest",
+    "PositionSpec",
+    "PromptSpec",
+    "Source",
+    "Variant",
+    "VideoSpec",
+    "VisionSpec",
+]
+
+SCHEMA = "vlmport-package/1"
+ROLES = ("vision_encoder", "projector", "embed_tokens", "decoder")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a package was made from."""
+
+    name: str  # folder name of the checkpoint
+    model_type: str
+    dtype: Literal["float32", "float16", "bfloat16"]  # of the stored weights
+    num_parameters: int
+    files: dict[str, "FileEntry"]  # config and weight files as they were read
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    sha256: str  # hex
+    size: int  # bytes
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How an image becomes patches. `strategy` names a function of runtime/image.py."""
+
+    strategy: str
+    patch_size: int
+    temporal_patch_size: int
+    merge_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class VideoSpec:
+    """How a clip becomes frames. `sampling` names a function of runtime/video.py; frames then go through ImageSpec."""
+
+    sampling: str
+    fps: float  # frames a second to aim for
+    min_frames: int
+    max_frames: int
+    frame_multiple: int  # the number of sampled frames is a multiple of this
+    min_pixels: int  # a frame
+    max_pixels: int  # a frame
+    total_pixels: int  # over all frames of a clip
+    default_fps: float  # of a list of frames that comes without one
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """Index inputs of the vision encoder. Each name in `inputs` is a function of runtime/vision_inputs.py."""
+
+    inputs: tuple[str, ...]
+    merge_size: int
+    window_blocks: int  # side of an attention window, in merge blocks; 0 where there are no windows
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """How messages become token ids. The template is chat_template.jinja of the package."""
+
+    image_placeholder: str  # the text that stands once for an image in the rendered template
+    video_placeholder: str
+    protected_tokens: tuple[str, ...]  # never special when they come from a user's text
+    template_options: dict[str, Any]  # defaults of the template's own switches
+
+
+@dataclass(frozen=True)
+class PositionSpec:
+    """How tokens get positions. `strategy` names a function of runtime/positions.py."""
+
+    strategy: str  # "sequential" or "mrope"
+    video_rule: str | None = None  # mrope: one of positions.VIDEO_RULES
+    tokens_per_second: float | None = None  # mrope: None counts frames, not seconds
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """Key/value cache of the decoder, [batch, num_kv_heads, length, head_dim] a layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Literal["float32", "float16"]
+    max_length: int  # tokens; the longest sequence that the model was made for
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """generation_config.json, as far as the runtime obeys it."""
+
+    eos_token_ids: tuple[int, ...]
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """One ONNX graph: file names inside onnx/, and the label of the recipe its weights were stored by."""
+
+    graph: str
+    data: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    recipe: dict[str, Any]  # quant.recipe.Recipe as JSON
+    graphs: dict[str, GraphFile]  # by role
+
+
+@dataclass(frozen=True)
+class Manifest:
+    schema: str
+    family: str  # informative: nothing branches on it
+    target: Literal["cpu", "cuda"]
+    source: Source
+    roles: tuple[str, ...]
+    variants: dict[str, Variant]
+    versions: dict[str, str]
+    files: dict[str, FileEntry]  # every file of the package but the manifest and parity/
+    image: ImageSpec | None = None
+    video: VideoSpec | None = None
+    vision: VisionSpec | None = None
+    prompt: PromptSpec | None = None
+    positions: PositionSpec | None = None
+    cache: CacheSpec | None = None
+    generation: GenerationDefaults | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise ValueError(f"schema {self.schema!r} is not {SCHEMA!r}: export the checkpoint again with this version")
+        unknown = sorted(set(self.roles) - set(ROLES))
+        if unknown:
+            raise ValueError(f"unknown role {unknown[0]!r}; known roles are {', '.join(ROLES)}")
+        for name, variant in self.variants.items():
+            if set(variant.graphs) != set(self.roles):
+                raise ValueError(f"variant {name!r} has graphs for {sorted(variant.graphs)}, not {sorted(self.roles)}")
