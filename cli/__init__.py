@@ -1,0 +1,1 @@
+"""The command line: `main` parses, and each command is one file that is imported only when it is called."""
