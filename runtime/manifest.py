@@ -19,6 +19,7 @@ __all__ = [
     "PositionSpec",
     "PromptSpec",
     "Source",
+    "TensorInfo",
     "Variant",
     "VideoSpec",
     "VisionSpec",
@@ -128,12 +129,26 @@ class GenerationDefaults:
 
 
 @dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a graph. `shape` has a text a dimension: a number, or the name of a dynamic axis."""
+
+    dtype: str  # numpy's name: "float32", "int64"
+    shape: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class GraphFile:
-    """One ONNX graph: file names inside onnx/, and the label of the recipe its weights were stored by."""
+    """One ONNX graph: file names inside onnx/, and the label of the recipe its weights were stored by.
+
+    Inputs, outputs and formats are here so that a package can be looked at without loading its graphs.
+    """
 
     graph: str
     data: str
     precision: str
+    inputs: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+    outputs: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
+    formats: dict[str, str] = field(default_factory=dict[str, str])  # parameter -> how it is stored: "float32", "int4"
 
 
 @dataclass(frozen=True)
