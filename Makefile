@@ -1,0 +1,75 @@
+# `make export` and `make test` do all the set-up that they need: Python >= 3.11 and make are enough.
+
+PYTHON     ?= python3
+VENV       ?= .venv
+EXTRAS     ?= cpu,export,video,server,report,demo,dev
+WORKERS    ?= 2
+
+DEMO       := examples/receipts
+CHECKPOINT ?= $(DEMO)/checkpoint
+PACKAGE    ?= build/packages/$(notdir $(patsubst %/checkpoint,%,$(abspath $(CHECKPOINT))))
+RECIPES    ?= fp32 int8 int4
+TARGET     ?= cpu
+
+BIN        := $(VENV)/bin
+STAMP      := $(VENV)/.installed
+PIP        := $(BIN)/python -m pip --disable-pip-version-check -qq install
+VLMPORT    := $(BIN)/vlmport
+
+.PHONY: help export validate bench test test-slow test-gpu coverage lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo 'Variables: CHECKPOINT PACKAGE RECIPES="$(RECIPES)" TARGET=$(TARGET) PYTHON VENV EXTRAS WORKERS'
+
+# The stamp makes repeats instant. torch goes first and alone, at the version that constraints.txt names.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'make: vlmport needs Python 3.11 or later; name one: make PYTHON=/path/to/python' >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo 'make: installing into $(VENV), some minutes the first time'
+	@$(PIP) "$$(grep '^torch==' constraints.txt)"
+	@$(PIP) -c constraints.txt setuptools
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+export: $(STAMP) ## checkpoint -> package with RECIPES; the bundled demo is then validated on unseen receipts
+	@case '$(PACKAGE)' in build/packages/*) rm -rf '$(PACKAGE)';; esac # made here, made anew; other folders are left to export's own care
+	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) --target $(TARGET)
+ifeq ($(CHECKPOINT),$(DEMO)/checkpoint)
+	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(DEMO) --report build/report
+else
+	@echo 'make: now compare it with its reference: make validate CHECKPOINT=$(CHECKPOINT)'
+endif
+
+validate: $(STAMP) ## compare PACKAGE with CHECKPOINT, stage by stage
+	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --report build/report
+
+bench: $(STAMP) ## time and memory of PACKAGE on this box
+	$(VLMPORT) bench $(PACKAGE)
+
+test: $(STAMP) ## the tests: offline, on the CPU, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+test-slow: $(STAMP) ## the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow
+
+test-gpu: $(STAMP) ## the tests that need a CUDA device: make test-gpu VENV=.venv-gpu EXTRAS=gpu,export,video,demo,dev
+	$(BIN)/python -m pytest -q -m gpu
+
+coverage: $(STAMP) ## the tests, with the lines that none of them reaches
+	$(BIN)/coverage run -m pytest -q
+	$(BIN)/coverage report --show-missing --skip-covered
+
+lint: $(STAMP) ## ruff, basedpyright, and the ladder of imports
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --quiet --check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/python tests/layering.py
+
+format: $(STAMP) ## let ruff mend what it can
+	$(BIN)/ruff check --quiet --fix .
+	$(BIN)/ruff format --quiet .
+
+clean: ## remove what was built; .venv stays
+	rm -rf build .pytest_cache .ruff_cache .hypothesis .coverage
