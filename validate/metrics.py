@@ -37,15 +37,15 @@ class TensorMetrics:
     """Differences of two tensors of equal shape. NaN where nothing finite was there to compare."""
 
     count: int  # compared elements
-    max_abs: float
-    mean_abs: float
-    relative_l2: float  # |candidate - reference| / |reference|
-    cosine_min: float  # over rows
-    cosine_p1: float
-    cosine_mean: float
-    snr_db: float  # 20 log10(|reference| / |error|); inf for equal tensors
-    num_nan: int  # in the candidate
-    num_inf: int  # in the candidate
+    max_abs: float = math.nan
+    mean_abs: float = math.nan
+    relative_l2: float = math.nan  # |candidate - reference| / |reference|
+    cosine_min: float = math.nan  # over rows
+    cosine_p1: float = math.nan
+    cosine_mean: float = math.nan
+    snr_db: float = math.nan  # 20 log10(|reference| / |error|); inf for equal tensors
+    num_nan: int = 0  # in the candidate
+    num_inf: int = 0  # in the candidate
 
 
 @dataclass(frozen=True)
@@ -53,19 +53,19 @@ class LogitMetrics:
     """Differences of two next-token distributions, over positions. KL is KL(reference || candidate) in nats."""
 
     count: int  # compared positions
-    kl_mean: float
-    kl_median: float
-    kl_p99: float
-    kl_p999: float
-    kl_max: float
-    kl_stderr: float
-    kl_ci_low: float  # bootstrap, 95 % of the mean
-    kl_ci_high: float
-    same_top1: float  # share of positions
-    same_top1_off_ties: float  # share, where a flip at a near tie counts as the same
-    num_ties_flipped: int
-    top5_containment: float  # share of positions where each side's first choice is among the other's five
-    delta_p_rms: float  # of the probability of the reference's first choice
+    kl_mean: float = math.nan
+    kl_median: float = math.nan
+    kl_p99: float = math.nan
+    kl_p999: float = math.nan
+    kl_max: float = math.nan
+    kl_stderr: float = math.nan
+    kl_ci_low: float = math.nan  # bootstrap, 95 % of the mean
+    kl_ci_high: float = math.nan
+    same_top1: float = math.nan  # share of positions
+    same_top1_off_ties: float = math.nan  # share, where a flip at a near tie counts as the same
+    num_ties_flipped: int = 0
+    top5_containment: float = math.nan  # share of positions where each side's first choice is among the other's five
+    delta_p_rms: float = math.nan  # of the probability of the reference's first choice
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class TensorErrors:
     def metrics(self) -> TensorMetrics:
         """The numbers of the report. An empty comparison has NaN everywhere: no gate can pass on it."""
         if self.count == 0:
-            return TensorMetrics(0, *[math.nan] * 7, 0, 0)
+            return TensorMetrics(count=0)
         error, reference = math.sqrt(self.sum_error2), math.sqrt(self.sum_reference2)
         return TensorMetrics(
             count=self.count,
@@ -133,7 +133,7 @@ class LogitErrors:
     def metrics(self, tie_margin: float) -> LogitMetrics:
         """The numbers of the report; a flip where the reference's margin is at most `tie_margin` nats is a tie's."""
         if self.kl.size == 0:
-            return LogitMetrics(0, *[math.nan] * 10, 0, math.nan, math.nan)
+            return LogitMetrics(count=0)
         tie_N = ~self.same & (self.margin <= tie_margin)
         low, high = _bootstrap_mean(self.kl)
         count = self.kl.size
@@ -213,7 +213,7 @@ def drift_slope(kl_by_step: Sequence[Array]) -> float:
 def _block_errors(reference_RC: Array, candidate_RC: Array) -> TensorErrors:
     a_RC, b_RC = reference_RC.astype(np.float64), candidate_RC.astype(np.float64)
     num_nan, num_inf = int(np.isnan(b_RC).sum()), int(np.isinf(b_RC).sum())
-    bad_R = ~(np.isfinite(a_RC) & np.isfinite(b_RC)).all(axis=1)
+    bad_R = ~np.all(np.isfinite(a_RC) & np.isfinite(b_RC), axis=1)
     a_RC, b_RC = np.where(bad_R[:, None], 0.0, a_RC), np.where(bad_R[:, None], 0.0, b_RC)
     error_RC = np.abs(b_RC - a_RC)
     bad = bool(bad_R.any())
@@ -240,7 +240,7 @@ def _row_cosine(a_RC: Float64, b_RC: Float64) -> Float64:
 
 
 def _block_logit_errors(reference_NV: Array, candidate_NV: Array) -> LogitErrors:
-    bad_N = ~(np.isfinite(reference_NV) & np.isfinite(candidate_NV)).all(axis=1)
+    bad_N = ~np.all(np.isfinite(reference_NV) & np.isfinite(candidate_NV), axis=1)
     a_NV, b_NV = (np.where(bad_N[:, None], 0.0, side.astype(np.float64)) for side in (reference_NV, candidate_NV))
     log_a_NV, log_b_NV = log_softmax(a_NV), log_softmax(b_NV)
     p_a_NV = np.exp(log_a_NV)
