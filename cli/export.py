@@ -1,0 +1,52 @@
+"""Make a package from a checkpoint: trace, lower, store the weights by each recipe.
+
+The output is whole or not there; an existing package is replaced only with --overwrite.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from ..export.build import export_checkpoint
+from ..export.lower import TARGETS
+from ..quant.recipe import builtin_names, load_recipe
+from ..validate.selfcheck import write_selfcheck
+from .progress import Progress
+from .table import table
+
+__all__ = ["add_arguments", "execute"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="folder of a Hugging Face checkpoint")
+    parser.add_argument("-o", "--output", metavar="PACKAGE", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--recipe",
+        metavar="R",
+        nargs="+",
+        default=["fp32"],
+        help=f"{', '.join(builtin_names())} or a .json file; several make several variants (default: fp32)",
+    )
+    parser.add_argument("--block-size", metavar="N", type=int, help="weights a scale in 4-bit and 8-bit recipes (default: 32)")
+    parser.add_argument("--target", choices=TARGETS, default="cpu", help="what the graphs will run on (default: cpu)")
+    parser.add_argument("--overwrite", action="store_true", help="replace PACKAGE if it is a package")
+
+
+def execute(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    recipes = [load_recipe(name, block_size=args.block_size) for name in dict.fromkeys(args.recipe)]
+    with Progress("export") as progress:
+        package = export_checkpoint(
+            args.checkpoint,
+            args.output,
+            recipes,
+            target=args.target,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    if package.manifest.target == "cpu":  # answers can be recorded only where the graphs run
+        write_selfcheck(package)
+    rows = [(name, f"{package.size(name) / 1e6:.1f} MB") for name in package.manifest.variants]
+    print(table(("variant", "size"), rows))
+    print(f"{package.path}: {len(rows)} variants in {time.perf_counter() - started:.1f} s")
+    return 0

@@ -1,0 +1,172 @@
+"""Reading a checkpoint folder: config.json, and safetensors read by rows so that no tensor is ever held whole.
+
+Weights are read with plain file reads, not mapped: mapped pages count as resident memory of the process.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..runtime.errors import CheckpointError
+from .family import Json, TensorRef
+
+__all__ = ["Checkpoint", "CheckpointSource", "StoredTensor", "resolve"]
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are: file, byte offset, safetensors dtype, shape."""
+
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its parsed JSON files and the place of every tensor, by name as stored."""
+
+    path: Path
+    config: Json
+    documents: Mapping[str, Json]  # other JSON files, by file name
+    tensors: Mapping[str, StoredTensor]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """Reads the JSON files and the safetensors headers. Raises CheckpointError naming file, problem and fix."""
+        folder = Path(path)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint (no hub download is made)")
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: has no config.json; give the folder of a Hugging Face checkpoint")
+        documents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json")) if file.name != INDEX}
+        tensors: dict[str, StoredTensor] = {}
+        for file in _weight_files(folder):
+            for name, tensor in _read_header(file).items():
+                if name in tensors:
+                    raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of them")
+                tensors[name] = tensor
+        return cls(folder, documents["config.json"], documents, tensors)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that holds most of the values: "float32", "float16" or "bfloat16"."""
+        sizes: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+        return _DTYPES.get(sizes.most_common(1)[0][0], "float32")
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """config.json and the weight files."""
+        return (self.path / "config.json", *sorted({tensor.file for tensor in self.tensors.values()}))
+
+
+class CheckpointSource:
+    """Float32 rows of a role's parameters, read from the checkpoint as they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._tensors = tensors  # by parameter name
+        self._shapes = shapes  # as the graph has them; the file's may differ behind the first axis
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        return self._shapes[parameter]
+
+    def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """Rows start to stop (axis 0) as C-contiguous float32 [stop - start, ...]."""
+        tensor = self._tensors[parameter]
+        row = math.prod(tensor.shape[1:]) * _ITEM_SIZES[tensor.dtype]
+        with tensor.file.open("rb", buffering=0) as stream:
+            raw = os.pread(stream.fileno(), row * (stop - start), tensor.offset + row * start)
+        if len(raw) != row * (stop - start):
+            raise CheckpointError(f"{tensor.file}: ends inside {parameter}; the file changed or is damaged, copy it again")
+        return _to_float32(raw, tensor.dtype).reshape(stop - start, *self._shapes[parameter][1:])
+
+
+def resolve(
+    checkpoint: Checkpoint,
+    wanted: Mapping[str, TensorRef],
+    normalise: Callable[[str], str],
+    unused: Callable[[str], bool],
+) -> dict[str, StoredTensor]:
+    """The stored tensor of every wanted one, by the wanted key.
+
+    Raises CheckpointError that lists every missing, unexpected, mis-shaped or unreadable tensor: one look, not one a run.
+    """
+    stored = {normalise(name): tensor for name, tensor in checkpoint.tensors.items()}
+    needed = {ref.name: ref for ref in wanted.values()}
+    problems = [f"missing {name} {list(ref.shape)}" for name, ref in needed.items() if name not in stored]
+    for name, tensor in stored.items():
+        if name not in needed:
+            if not unused(name):
+                problems.append(f"unexpected {name} {list(tensor.shape)}")
+        elif tensor.shape != needed[name].shape:
+            problems.append(f"{name} is {list(tensor.shape)}, config.json implies {list(needed[name].shape)}")
+        elif tensor.dtype not in _DTYPES:
+            problems.append(f"{name} is {tensor.dtype}, of {', '.join(_DTYPES)} only")
+    if problems:
+        raise CheckpointError(f"{checkpoint.path}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
+    return {key: stored[ref.name] for key, ref in wanted.items()}
+
+
+def _read_json(file: Path) -> Json:
+    try:
+        value: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX}: weight_map is missing or empty; copy the file again")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{folder / INDEX}: weight_map names a file outside the checkpoint folder")
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise CheckpointError(f"{folder}: {len(missing)} of {len(names)} shards are missing: {', '.join(missing)}")
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    others = [file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern)]
+    hint = f"; {others[0]} is a pickle, convert it to safetensors" if others else ""
+    raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX}{hint}")
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    """Tensor places of a safetensors file; the library checks the file, the header then tells the offsets."""
+    try:
+        with safe_open(file, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated or not a safetensors file ({error}); copy it again") from error
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header: dict[str, Any] = json.loads(stream.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: StoredTensor(file, 8 + size + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+def _to_float32(raw: bytes, dtype: str) -> np.ndarray:
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, dtype="<f4" if dtype == "F32" else "<f2").astype(np.float32)

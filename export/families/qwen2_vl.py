@@ -1,0 +1,191 @@
+"""Qwen2-VL (arXiv 2409.12191): the older sibling of Qwen2.5-VL.
+
+Other in the vision tower only: LayerNorm, a two-layer MLP with quick GELU, full attention a frame without windows; and video
+positions count frames, not seconds. In its config, vision `embed_dim` is the tower's width and `hidden_size` the decoder's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..family import FamilySpec, Json, ManifestParts, Port, RoleSpec, TensorRef
+from ..fields import read_field
+from ..layers import Linear, frequencies, quick_gelu
+from .qwen2_5_vl import (
+    PatchEmbed,
+    PatchMerger,
+    VisionAttention,
+    language_roles,
+    manifest_parts,
+    merger_role,
+    normalise,
+    patch_angles,
+    patch_sizes,
+    unused,
+)
+
+__all__ = ["FAMILY"]
+
+MODEL_TYPE = "qwen2_vl"
+VISION_THETA = 10000.0
+VISION_EPS = 1e-6
+
+
+# Configuration
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    width: int
+    inner: int
+    num_layers: int
+    num_heads: int
+    patch_dim: int
+    conv_shape: tuple[int, ...]
+    merge_size: int
+    out_width: int
+    inverse_frequencies: tuple[float, ...]
+
+
+def vision_config(config: Json) -> VisionConfig:
+    width, num_heads = (read_field(config, f"vision_config.{key}", int) for key in ("embed_dim", "num_heads"))
+    patch, merge, frames = patch_sizes(config)
+    channels = read_field(config, "vision_config.in_channels", int, read_field(config, "vision_config.in_chans", int, 3))
+    axis = frequencies(width // num_heads // 2, VISION_THETA)
+    return VisionConfig(
+        width=width,
+        inner=int(width * read_field(config, "vision_config.mlp_ratio", float, 4.0)),
+        num_layers=read_field(config, "vision_config.depth", int),
+        num_heads=num_heads,
+        patch_dim=channels * frames * patch * patch,
+        conv_shape=(width, channels, frames, patch, patch),
+        merge_size=merge,
+        out_width=read_field(config, "vision_config.hidden_size", int),
+        inverse_frequencies=axis + axis,
+    )
+
+
+# Modules
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = Linear(config.width, config.inner, bias=True)
+        self.fc2 = Linear(config.inner, config.width, bias=True)
+
+    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
+        return self.fc2(quick_gelu(self.fc1(x_NC)))
+
+
+class VisionBlock(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width, VISION_EPS)
+        self.norm2 = nn.LayerNorm(config.width, VISION_EPS)
+        self.attn = VisionAttention(config.width, config.num_heads)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_NC: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        x_NC = x_NC + self.attn(self.norm1(x_NC), rotary, cu_seqlens)
+        return x_NC + self.mlp(self.norm2(x_NC))
+
+
+class VisionEncoder(nn.Module):
+    """Patches of any number of images and clips -> features [N, C], rows in the order of pixel_values."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config.patch_dim, config.width)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+
+    def forward(
+        self, pixel_values: torch.Tensor, patch_positions: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        x_NC = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
+        angles = patch_angles(patch_positions.transpose(0, 1).unsqueeze(1), self.config.inverse_frequencies)
+        rotary = (torch.cos(angles), torch.sin(angles))
+        for layer in self.blocks:
+            x_NC = layer(x_NC, rotary, cu_seqlens)
+        return x_NC.to(torch.float32)
+
+
+# Roles
+
+
+def roles(config: Json) -> dict[str, RoleSpec]:
+    vision = vision_config(config)
+    width = vision.width
+
+    def encoder_tensor(parameter: str, shape: tuple[int, ...]) -> TensorRef:
+        kernel = parameter == "patch_embed.proj.weight"
+        return TensorRef(f"model.visual.{parameter}", vision.conv_shape if kernel else shape)
+
+    encoder = RoleSpec(
+        build=lambda: VisionEncoder(vision),
+        inputs=(
+            Port("pixel_values", "float32", ("num_patches", vision.patch_dim)),
+            Port("patch_positions", "int64", ("num_patches", 2)),
+            Port("cu_seqlens", "int32", ("num_frame_bounds",)),
+        ),
+        outputs=(Port("vision_features", "float32", ("num_patches", width)),),
+        tensor=encoder_tensor,
+    )
+    merger = merger_role(
+        lambda: PatchMerger(nn.LayerNorm(width, VISION_EPS), width, vision.merge_size**2, vision.out_width),
+        width,
+        vision.out_width,
+    )
+    return {"vision_encoder": encoder, "projector": merger, **language_roles(config)}
+
+
+# Manifest
+
+
+def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
+    return manifest_parts(config, documents, 0, ("patch_positions", "cu_seqlens"), seconds=False)
+
+
+TINY_CONFIG: Json = {
+    "model_type": MODEL_TYPE,
+    "architectures": ["Qwen2VLForConditionalGeneration"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+    "vision_config": {
+        "depth": 2,
+        "embed_dim": 64,
+        "hidden_size": 64,
+        "mlp_ratio": 2,
+        "num_heads": 4,
+        "in_chans": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    },
+}
+
+FAMILY = FamilySpec(
+    name=MODEL_TYPE,
+    matches=lambda config: config.get("model_type") == MODEL_TYPE,
+    roles=roles,
+    manifest=manifest,
+    normalise=normalise,
+    unused=unused,
+    tiny_config=TINY_CONFIG,
+    reference="_qwen2_5_vl_reference",
+)

@@ -1,0 +1,25 @@
+"""Building blocks of the family files: eager PyTorch maths, and the semantic operators they trace to."""
+
+from .attention import cached_attention, last_positions, segment_attention
+from .decoder import CausalDecoder, DecoderConfig
+from .linear import Embedding, Linear, TokenEmbedding
+from .mlp import GatedMLP, quick_gelu
+from .norm import RMSNorm
+from .rope import apply_rotary, frequencies, multi_axis_angles
+
+__all__ = [
+    "CausalDecoder",
+    "DecoderConfig",
+    "Embedding",
+    "GatedMLP",
+    "Linear",
+    "RMSNorm",
+    "TokenEmbedding",
+    "apply_rotary",
+    "cached_attention",
+    "frequencies",
+    "last_positions",
+    "multi_axis_angles",
+    "quick_gelu",
+    "segment_attention",
+]

@@ -1,0 +1,40 @@
+"""Lowering a traced graph to a target: one pass for each semantic operator, in a list anyone can read."""
+
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, Sequential
+
+from ...runtime.errors import InputError
+from ..layers.semantic import DOMAIN
+from .attention import LoopSegmentAttention, LowerCachedAttention, PackSegmentAttention
+from .elementwise import LowerFloatConstant, LowerLastPositions, LowerRMSNorm, LowerRotary
+from .tidy import FoldSmallConstants, Tidy
+from .weights import LowerEmbedding, LowerLinear
+
+__all__ = ["COMPUTE_DTYPE", "TARGETS", "lower"]
+
+TARGETS = ("cpu", "cuda")
+COMPUTE_DTYPE = {"cpu": "float32", "cuda": "float16"}  # GroupQueryAttention: no float16 gain on CPU, no float32 on CUDA
+
+_SEGMENT_ATTENTION = {"cpu": LoopSegmentAttention, "cuda": PackSegmentAttention}
+
+
+def lower(model: ir.Model, target: str) -> None:
+    """Replaces every semantic operator of the graph, in place. Raises InputError on an unknown target."""
+    if target not in TARGETS:
+        raise InputError(f"--target {target!r} is not known; choose one of {', '.join(TARGETS)}")
+    passes: list[InPlacePass] = [
+        LowerLinear(),
+        LowerEmbedding(),
+        LowerRMSNorm(),
+        LowerRotary(),
+        LowerFloatConstant(),
+        LowerLastPositions(),
+        _SEGMENT_ATTENTION[target](),
+        LowerCachedAttention(),
+        FoldSmallConstants(),
+        Tidy(),
+    ]
+    Sequential(*passes)(model)
+    defined = {(domain, name) for domain, name, _ in model.functions}
+    left = {n.op_type for n in model.graph if n.domain == DOMAIN and (n.domain, n.op_type) not in defined}
+    assert not left, f"no pass lowered {left}"
