@@ -1,0 +1,149 @@
+"""Opens one graph of a package in ONNX Runtime, which is imported here and only when a graph is opened."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import InputError, MissingDependencyError, PackageError
+
+__all__ = ["Array", "GraphSession", "TensorSpec", "open_session", "ort_value"]
+
+Array = NDArray[Any]
+Device = Literal["cpu", "cuda"]
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+_ERRORS_ONLY = 3  # ONNX Runtime warns of every initializer that is also an input, as num_logits_to_keep is on purpose
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of a graph. A dimension is a number, a name, or None where it has neither."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+
+class GraphSession:
+    """A loaded graph: what goes in, what comes out, and one call that runs it."""
+
+    def __init__(self, raw: Any, path: Path, device: Device) -> None:
+        self.raw = raw  # the onnxruntime.InferenceSession, for IO binding
+        self.path = path
+        self.device: Device = device
+        self.inputs = {item.name: _tensor_spec(item, path) for item in raw.get_inputs()}
+        self.optional = {item.name: _tensor_spec(item, path) for item in raw.get_overridable_initializers()}
+        self.outputs = {item.name: _tensor_spec(item, path) for item in raw.get_outputs()}
+
+    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Runs the graph and returns the named outputs (all by default) as numpy arrays.
+
+        Arrays are cast to the element type that the graph declares. Raises PackageError where the graph wants an input
+        that `feeds` lacks or has no input of a given name, or lacks an output.
+        """
+        names = list(outputs) if outputs is not None else list(self.outputs)
+        self.expect(inputs=feeds, outputs=names)
+        return dict(zip(names, self.raw.run(names, self.cast(feeds)), strict=True))
+
+    def cast(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The same arrays, contiguous and of the element types that the graph declares."""
+        specs = self.inputs | self.optional
+        return {name: np.ascontiguousarray(array, dtype=specs[name].dtype) for name, array in feeds.items()}
+
+    def expect(self, *, inputs: Mapping[str, object] | Sequence[str], outputs: Sequence[str]) -> None:
+        """Raises PackageError unless the graph takes exactly `inputs` (optional ones aside) and has `outputs`."""
+        missing = [name for name in self.inputs if name not in inputs]
+        unknown = [name for name in inputs if name not in self.inputs and name not in self.optional]
+        absent = [name for name in outputs if name not in self.outputs]
+        for names, what in ((missing, "wants input"), (unknown, "has no input"), (absent, "has no output")):
+            if names:
+                raise PackageError(
+                    f"{self.path}: the graph {what} {', '.join(map(repr, names))}, against what vlmport.json says; "
+                    "export the checkpoint again"
+                )
+
+
+def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None = None) -> GraphSession:
+    """Loads a graph for the target of its package: "cpu" on the CPU, "cuda" on the GPU with no silent fall-back.
+
+    num_threads: threads of one operator; None leaves the choice to ONNX Runtime (one a physical core).
+    Raises MissingDependencyError without a fitting onnxruntime, PackageError for a graph that it cannot load.
+    """
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"num_threads: {num_threads} is not at least 1; leave it out for one thread a core")
+    ort = _onnxruntime(target)
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if num_threads is not None:
+        options.intra_op_num_threads = num_threads
+    try:
+        raw = ort.InferenceSession(str(path), sess_options=options, providers=_providers(target))
+    except _load_errors() as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise PackageError(f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {reason}") from error
+    if target == "cuda" and "CUDAExecutionProvider" not in raw.get_providers():
+        raise MissingDependencyError(
+            f"{path}: onnxruntime-gpu {ort.__version__} is installed, but its CUDA provider did not start; install the "
+            "CUDA and cuDNN libraries it was built for, or export with --target cpu"
+        )
+    return GraphSession(raw, path, target)
+
+
+def ort_value(array: Array, device: Device = "cpu") -> Any:
+    """An OrtValue on the device. On the CPU it shares the array's memory (and keeps the array alive)."""
+    return importlib.import_module("onnxruntime").OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def _onnxruntime(target: Device) -> Any:
+    extra = "gpu" if target == "cuda" else "cpu"
+    try:
+        ort = importlib.import_module("onnxruntime")
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":  # it is installed, and something that it needs is not
+            raise
+        raise MissingDependencyError(
+            "onnxruntime is not installed: `pip install 'vlmport[cpu]'`, or `pip install 'vlmport[gpu]'` for a package "
+            f"made with --target cuda (this one wants {extra!r})"
+        ) from None
+    if target == "cuda":
+        if "CUDAExecutionProvider" not in ort.get_available_providers():
+            raise MissingDependencyError(
+                f"the installed onnxruntime {ort.__version__} has no CUDAExecutionProvider, which a package of target "
+                "cuda needs: `pip uninstall onnxruntime`, `pip install 'vlmport[gpu]'`; or export with --target cpu"
+            )
+        ort.preload_dlls()  # finds the CUDA libraries that pip installed, which are on no search path
+    return ort
+
+
+def _providers(target: Device) -> list[Any]:
+    if target == "cpu":
+        return ["CPUExecutionProvider"]
+    # TF32 keeps 10 bits of mantissa: it would show up in the parity report as an error of ours.
+    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's own exceptions share no base class below Exception."""
+    state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
+    return (*(getattr(state, name) for name in names), state.RuntimeException)
+
+
+def _tensor_spec(item: Any, path: Path) -> TensorSpec:
+    if item.type not in _DTYPES:
+        raise PackageError(f"{path}: {item.name!r} is a {item.type}, which this version cannot run; update vlmport")
+    shape = tuple(dim if isinstance(dim, (int, str)) else None for dim in item.shape)
+    return TensorSpec(item.name, np.dtype(_DTYPES[item.type]), shape)
