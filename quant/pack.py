@@ -1,0 +1,72 @@
+"""Bytes as the kernels want them.
+
+Dims: N rows, K values a row, B blocks a row, S values a block.
+
+com.microsoft.MatMulNBits            B uint8 [N, B, S * bits / 8], scales [N * B], zero_points uint8 [N * Z]
+com.microsoft.GatherBlockQuantized   data uint8 [N, K * bits / 8], scales [N, B], zero_points uint8 [N, Z]
+with Z = ceil(B * bits / 8)
+
+Two 4-bit codes share a byte, the first in the low half. A row of zero points is padded to a whole byte of its own, so
+each row of each array has its own bytes and a weight can be packed in any chunks of rows.
+"""
+
+import numpy as np
+
+from ..runtime.errors import RecipeError
+from .recipe import WeightFormat
+from .rtn import Uint8, num_blocks
+
+__all__ = ["gather_shapes", "linear_shapes", "pack_codes", "pack_zero_points"]
+
+
+def linear_shapes(num_rows: int, num_columns: int, format: WeightFormat) -> dict[str, tuple[int, ...]]:
+    """Shapes of the initializers of MatMulNBits: "quantized", "scales" and, unless symmetric, "zero_points"."""
+    blocks = num_blocks(num_columns, format.block_size)
+    shapes: dict[str, tuple[int, ...]] = {
+        "quantized": (num_rows, blocks, format.block_size * format.bits // 8),
+        "scales": (num_rows * blocks,),
+    }
+    if not format.symmetric:
+        shapes["zero_points"] = (num_rows * _row_bytes(blocks, format.bits),)
+    return shapes
+
+
+def gather_shapes(num_rows: int, num_columns: int, format: WeightFormat, name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the initializers of GatherBlockQuantized. Raises RecipeError where K values do not fill whole bytes."""
+    if num_columns * format.bits % 8:
+        raise RecipeError(
+            f"{name}: rows of {num_columns} values do not fill whole bytes with {format.bits} bits; use 8"
+        )
+    blocks = num_blocks(num_columns, format.block_size)
+    shapes: dict[str, tuple[int, ...]] = {
+        "quantized": (num_rows, num_columns * format.bits // 8),
+        "scales": (num_rows, blocks),
+    }
+    if not format.symmetric:
+        shapes["zero_points"] = (num_rows, _row_bytes(blocks, format.bits))
+    return shapes
+
+
+def pack_codes(codes_NK: Uint8, format: WeightFormat, num_columns: int) -> Uint8:
+    """Codes uint8 [N, num_columns or more] to bytes uint8 [N, num_columns * bits / 8]; drops those beyond."""
+    codes_NK = codes_NK[:, :num_columns]
+    if format.bits == 8:
+        return np.ascontiguousarray(codes_NK)
+    return _pairs(codes_NK)
+
+
+def pack_zero_points(zero_points_NB: Uint8, format: WeightFormat) -> Uint8:
+    """Zero points uint8 [N, B] to bytes uint8 [N, ceil(B * bits / 8)]."""
+    if format.bits == 8:
+        return zero_points_NB
+    if zero_points_NB.shape[1] % 2:
+        zero_points_NB = np.pad(zero_points_NB, ((0, 0), (0, 1)))
+    return _pairs(zero_points_NB)
+
+
+def _pairs(codes_NK: Uint8) -> Uint8:
+    return codes_NK[:, 0::2] + codes_NK[:, 1::2] * np.uint8(16)
+
+
+def _row_bytes(num_values: int, bits: int) -> int:
+    return -(-num_values * bits // 8)

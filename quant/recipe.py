@@ -1,0 +1,211 @@
+"""What a recipe is: rules that say, as data, how each weight is stored.
+
+A rule matches "role/parameter.name" by a glob and the first match wins. Rules reach the weights of linears and
+embedding tables only; every other initializer, and a weight that no rule matches, stays in the dtype that the graph
+computes in.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..runtime.errors import RecipeError
+from ..runtime.manifest import ROLES
+from ..runtime.schema import SchemaError, from_json
+
+__all__ = [
+    "BUILTIN_NAMES",
+    "METHODS",
+    "Recipe",
+    "Rule",
+    "WeightFormat",
+    "file_stem",
+    "load_recipe",
+    "precision_label",
+]
+
+METHODS = ("rtn",)
+BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4")
+_BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
+_DEFAULT_BLOCK = 32
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower case, as some disks ignore case
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the values of a weight are stored.
+
+    bits 32 and 16 are floats. bits 8 and 4 are unsigned codes in blocks of `block_size` values along a row, each block
+    with a scale of its own and, unless symmetric, a zero point. `accuracy_level` goes to MatMulNBits: 0 computes in the
+    dtype of the activations, 1 in float32, 4 with 8-bit activations. `method` finds the codes.
+    """
+
+    bits: int
+    block_size: int = _DEFAULT_BLOCK
+    symmetric: bool = False
+    accuracy_level: int = 4
+    method: str = "rtn"
+
+    def __post_init__(self) -> None:
+        if self.bits not in (32, 16, 8, 4):
+            raise RecipeError(f"bits {self.bits}: use 32, 16, 8 or 4")
+        if self.method not in METHODS:
+            raise RecipeError(f"method {self.method!r} is unknown; known methods are {', '.join(METHODS)}")
+        if not self.is_quantized:
+            if (self.block_size, self.symmetric, self.accuracy_level) != (_DEFAULT_BLOCK, False, 4):
+                raise RecipeError(
+                    f"bits {self.bits} is a float and has no block_size, symmetric or accuracy_level: leave them out"
+                )
+            return
+        if self.block_size not in _BLOCK_SIZES:
+            raise RecipeError(f"block_size {self.block_size}: use one of {', '.join(map(str, _BLOCK_SIZES))}")
+        if self.accuracy_level not in (0, 1, 4):
+            raise RecipeError(f"accuracy_level {self.accuracy_level}: use 0, 1 or 4 (8-bit activations)")
+        if self.bits == 8 and self.accuracy_level != 4:
+            raise RecipeError(
+                f"accuracy_level {self.accuracy_level} with bits 8: use 4; ONNX Runtime has no kernel for 8-bit blocks "
+                "without it and falls back to one that is 90 times slower"
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """True for codes with scales, False for floats."""
+        return self.bits < 16
+
+    @property
+    def label(self) -> str:
+        """Short name for people: "float32", "float16", "int8", "int4"."""
+        return f"int{self.bits}" if self.is_quantized else f"float{self.bits}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`match` is "<role glob>/<parameter glob>", as in "decoder/layers.*.mlp.*.weight"."""
+
+    match: str
+    format: WeightFormat
+
+    def __post_init__(self) -> None:
+        role_glob, slash, parameter_glob = self.match.partition("/")
+        if not slash or not parameter_glob or "/" in parameter_glob:
+            raise RecipeError(f"match {self.match!r} is not of the form role/parameter, as decoder/lm_head.weight is")
+        if not any(fnmatchcase(role, role_glob) for role in ROLES):
+            raise RecipeError(f"match {self.match!r}: no role is called {role_glob!r}; roles are {', '.join(ROLES)}")
+
+    @property
+    def role_glob(self) -> str:
+        return self.match.partition("/")[0]
+
+    @property
+    def parameter_glob(self) -> str:
+        return self.match.partition("/")[2]
+
+    def covers(self, role: str, parameter: str) -> bool:
+        """True where the rule is about this parameter. Capitals count, on every system."""
+        return fnmatchcase(role, self.role_glob) and fnmatchcase(parameter, self.parameter_glob)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named list of rules. The names of the builtin recipes mean the builtin rules and nothing else."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise RecipeError(f"recipe name {self.name!r}: use a-z, 0-9, '_', '.', '-' (64 at most)")
+        if not self.rules:
+            raise RecipeError(f"recipe {self.name}: rules is empty")
+        builtin = _builtin_rules(self.name)
+        if builtin is not None and builtin != self.rules:
+            raise RecipeError(f"recipe {self.name}: this builtin recipe has other rules; choose another name")
+
+    def format_of(self, role: str, parameter: str) -> WeightFormat | None:
+        """The format of a weight, or None where no rule covers it."""
+        return next((rule.format for rule in self.rules if rule.covers(role, parameter)), None)
+
+
+def load_recipe(name: str, *, block_size: int | None = None, method: str | None = None) -> Recipe:
+    """A builtin recipe by name, or one from a JSON file `{"name": ..., "rules": [{"match": ..., "format": {...}}]}`.
+
+    `block_size` makes a variation of a builtin one: "int4" with 128 is "int4_b128", whose 8-bit parts stay as in "int4"
+    so that the two share files. `method` says how codes are found. Raises RecipeError with the file, field and fix.
+    """
+    if method is not None and method not in METHODS:
+        raise RecipeError(f"method {method!r} is unknown; known methods are {', '.join(METHODS)}")
+    if block_size is not None:
+        if name not in ("int8", "int4"):
+            raise RecipeError(f"block size {block_size} with recipe {name!r}: only int8 and int4 take a block size")
+        if block_size not in _BLOCK_SIZES:
+            raise RecipeError(f"block size {block_size}: use one of {', '.join(map(str, _BLOCK_SIZES))}")
+        name = _block_name(name, block_size)
+    builtin = _builtin_rules(name)
+    if builtin is not None:
+        return Recipe(name, builtin)
+    if name.endswith(".json") or "/" in name:
+        return _read_recipe(Path(name))
+    raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(BUILTIN_NAMES)}; or give a path to a .json")
+
+
+def precision_label(recipe: Recipe, role: str) -> str:
+    """What the files of a role are called by. Equal labels mean equal content, so variants share files by it.
+
+    It is the name of the builtin recipe that says the same about this role, else the recipe's own name.
+    """
+    said = _said_about(recipe.rules, role)
+    for base in BUILTIN_NAMES:
+        for block_size in _BLOCK_SIZES if base.startswith("int") else (_DEFAULT_BLOCK,):
+            label = _block_name(base, block_size)
+            if _said_about(_builtin_rules(label) or (), role) == said:
+                return label
+    return recipe.name
+
+
+def file_stem(role: str, label: str) -> str:
+    """Name of the files of a role without their endings: "decoder" in float32, else "decoder_int4" and the like."""
+    return role if label == "fp32" else f"{role}_{label}"
+
+
+def _said_about(rules: tuple[Rule, ...], role: str) -> tuple[tuple[str, WeightFormat], ...]:
+    """The rules that can reach a role, without the role and without repetitions that an earlier rule hides."""
+    said: dict[str, WeightFormat] = {}
+    for rule in rules:
+        if fnmatchcase(role, rule.role_glob):
+            said.setdefault(rule.parameter_glob, rule.format)
+    return tuple(said.items())
+
+
+def _block_name(base: str, block_size: int) -> str:
+    return base if block_size == _DEFAULT_BLOCK else f"{base}_b{block_size}"
+
+
+def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
+    """The rules behind a builtin name ("int4", "int4_b128"), or None for any other name."""
+    base, _, block = name.partition("_b")
+    if base not in BUILTIN_NAMES or name not in {base, *(_block_name(base, size) for size in _BLOCK_SIZES)}:
+        return None
+    if base in ("fp32", "fp16"):
+        return None if block else (Rule("*/*.weight", WeightFormat(bits=int(base[2:]))),)
+    int8 = WeightFormat(bits=8)
+    block_size = int(block) if block else _DEFAULT_BLOCK
+    if base == "int8":
+        return (Rule("*/*.weight", WeightFormat(bits=8, block_size=block_size)),)
+    return (
+        Rule("decoder/lm_head.weight", int8),  # errors of the head go straight into the logits
+        Rule("decoder/*.weight", WeightFormat(bits=4, block_size=block_size)),
+        Rule("*/*.weight", int8),
+    )
+
+
+def _read_recipe(path: Path) -> Recipe:
+    try:
+        return from_json(Recipe, json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file; builtin recipes are {', '.join(BUILTIN_NAMES)}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
