@@ -10,6 +10,8 @@ CHECKPOINT ?= $(DEMO)/checkpoint
 PACKAGE    ?= build/packages/$(notdir $(patsubst %/checkpoint,%,$(abspath $(CHECKPOINT))))
 RECIPES    ?= fp32 int8 int4
 TARGET     ?= cpu
+# A package under build/ is made anew; one elsewhere is replaced by nobody but you.
+OVERWRITE  := $(if $(filter build/%,$(PACKAGE)),--overwrite)
 
 BIN        := $(VENV)/bin
 STAMP      := $(VENV)/.installed
@@ -34,8 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 export: $(STAMP) ## checkpoint -> package with RECIPES; the bundled demo is then validated on unseen receipts
-	@case '$(PACKAGE)' in build/packages/*) rm -rf '$(PACKAGE)';; esac # made here, made anew; other folders are left to export's own care
-	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) --target $(TARGET)
+	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) --target $(TARGET) $(OVERWRITE)
 ifeq ($(CHECKPOINT),$(DEMO)/checkpoint)
 	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(DEMO) --report build/report
 else

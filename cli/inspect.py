@@ -1,0 +1,190 @@
+"""`vlmport inspect`: what a package holds, told from its manifest alone.
+
+No graph is loaded and no weight is read, so it takes a moment for a package of any size and needs the runtime only.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..runtime.manifest import GraphFile, Source, TensorInfo
+from ..runtime.package import Package
+from ..runtime.schema import to_json
+from .table import table
+
+__all__ = ["Contents", "GraphContents", "VariantContents", "add_arguments", "contents", "execute", "folded", "render"]
+
+Label = TypeVar("Label")
+
+
+@dataclass(frozen=True)
+class GraphContents:
+    """A graph of one variant. `size` is in bytes, weights included."""
+
+    graph: str
+    precision: str
+    size: int
+    inputs: dict[str, TensorInfo]
+    outputs: dict[str, TensorInfo]
+    formats: dict[str, str]  # parameter -> how it is stored
+
+
+@dataclass(frozen=True)
+class VariantContents:
+    """A variant. `size` is in bytes, each file counted once."""
+
+    size: int
+    graphs: dict[str, GraphContents]  # by role
+    parity: str  # outcome of the last validation; "not validated" where there was none
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What `vlmport inspect` tells, and with --json prints."""
+
+    package: str
+    family: str
+    target: str
+    source: Source
+    roles: tuple[str, ...]
+    max_length: int | None  # tokens
+    versions: dict[str, str]
+    size: int  # bytes of all files
+    variants: dict[str, VariantContents]
+    notes: tuple[str, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="PACKAGE", help="folder that `vlmport export` made")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def execute(args: argparse.Namespace) -> int:
+    found = contents(Package.open(args.package))
+    print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if args.json else render(found))
+    return 0
+
+
+def contents(package: Package) -> Contents:
+    """Gathers what the manifest of `package` tells. Reads no graph."""
+    manifest = package.manifest
+    variants = {
+        name: VariantContents(
+            size=package.size(name),
+            graphs={role: _graph(package, graph) for role, graph in variant.graphs.items()},
+            parity=last_parity(package, name),
+        )
+        for name, variant in manifest.variants.items()
+    }
+    return Contents(
+        package=str(package.path),
+        family=manifest.family,
+        target=manifest.target,
+        source=manifest.source,
+        roles=manifest.roles,
+        max_length=manifest.cache.max_length if manifest.cache else None,
+        versions=manifest.versions,
+        size=sum(entry.size for entry in manifest.files.values()),
+        variants=variants,
+        notes=manifest.notes,
+    )
+
+
+def _graph(package: Package, graph: GraphFile) -> GraphContents:
+    names = {f"onnx/{graph.graph}", f"onnx/{graph.data}"}
+    return GraphContents(
+        graph=graph.graph,
+        precision=graph.precision,
+        size=sum(package.manifest.files[name].size for name in names),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        formats=graph.formats,
+    )
+
+
+def last_parity(package: Package, variant: str) -> str:
+    """The outcome that the last validation of a variant came to, or why there is none."""
+    file = package.path / "parity" / "report.json"
+    if not file.is_file():
+        return "not validated"
+    return "not validated"
+
+
+def render(found: Contents) -> str:
+    """The text that `vlmport inspect` prints."""
+    parts = [_head(found), _sizes(found)]
+    for role in found.roles:
+        parts += [_tensors(found, role), _formats(found, role)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _head(found: Contents) -> str:
+    source = found.source
+    rows = [
+        ("package", f"{found.package}, {_size(found.size)}"),
+        ("family", f"{found.family}, for {found.target}"),
+        ("source", f"{source.name}, {source.num_parameters:,} parameters in {source.dtype}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in found.versions.items())),
+    ]
+    if found.max_length is not None:
+        rows.append(("context", f"{found.max_length:,} tokens"))
+    return table((), [*rows, *(("note", note) for note in found.notes)])
+
+
+def _sizes(found: Contents) -> str:
+    """A variant's size counts shared files once, but for every variant that has them."""
+    rows = [
+        (name, *(_size(variant.graphs[role].size) for role in found.roles), _size(variant.size), variant.parity)
+        for name, variant in found.variants.items()
+    ]
+    return table(("variant", *found.roles, "all", "parity"), rows, "<" + ">" * (len(found.roles) + 1))
+
+
+def _tensors(found: Contents, role: str) -> str:
+    """Inputs and outputs are the same in every variant, so the first one stands for all."""
+    graph = next(iter(found.variants.values())).graphs[role]
+    rows: list[tuple[str, str, str]] = []
+    for way, tensors in (("in", graph.inputs), ("out", graph.outputs)):
+        labels = {name: f"{info.dtype} [{', '.join(info.shape)}]" for name, info in tensors.items()}
+        rows += [(f"  {way}", name, label) for name, label in folded(labels)]
+    return table((role, "", ""), rows)
+
+
+def _formats(found: Contents, role: str) -> str:
+    """A row a parameter, a column a variant; layers that are stored alike share a row."""
+    columns = {name: variant.graphs[role].formats for name, variant in found.variants.items()}
+    names = dict.fromkeys(name for formats in columns.values() for name in formats)
+    cells = {name: tuple(formats.get(name, "-") for formats in columns.values()) for name in names}
+    if not cells:
+        return ""
+    return table((f"  weights of {role}", *columns), [(f"  {name}", *row) for name, row in folded(cells)])
+
+
+def folded(labels: Mapping[str, Label]) -> list[tuple[str, Label]]:
+    """Joins names that differ in their first number only and have equal labels: `layers.0-3,7.norm`."""
+    groups: dict[tuple[str, str, Label], list[int]] = {}
+    for name, label in labels.items():
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        if number is None:
+            groups[name, "", label] = []
+        else:
+            groups.setdefault((name[: number.start()], name[number.end() :], label), []).append(int(number[0]))
+    return [(head + _ranges(numbers) + tail, label) for (head, tail, label), numbers in groups.items()]
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _size(num_bytes: int) -> str:
+    """Decimal megabytes, as shops and `du --si` count them."""
+    return f"{num_bytes / 1e6:,.1f} MB"

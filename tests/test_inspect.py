@@ -1,0 +1,123 @@
+"""`vlmport inspect`: tells all that the manifest knows, loads nothing, folds layers that are alike."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmport.cli.inspect import folded
+from vlmport.cli.main import main
+from vlmport.runtime.manifest import (
+    SCHEMA,
+    CacheSpec,
+    FileEntry,
+    GraphFile,
+    Manifest,
+    Source,
+    TensorInfo,
+    Variant,
+)
+from vlmport.runtime.package import file_entry, manifest_text
+
+ROLES = ("embed_tokens", "decoder")
+LAYERS = range(4)
+
+
+def graph_file(role: str, suffix: str) -> GraphFile:
+    element = {"": "float32", "_int4": "int4"}[suffix]
+    formats = {f"layers.{layer}.mlp.down_proj.weight": element for layer in LAYERS}
+    formats["layers.2.mlp.down_proj.weight"] = "float32"
+    formats["norm.weight"] = "float32"
+    return GraphFile(
+        graph=f"{role}{suffix}.onnx",
+        data=f"{role}{suffix}.onnx_data",
+        precision=suffix[1:] or "fp32",
+        inputs={
+            f"past_key_values.{layer}.{part}": TensorInfo("float32", ("batch", "2", "past_length", "16"))
+            for layer in LAYERS
+            for part in ("key", "value")
+        },
+        outputs={"logits": TensorInfo("float32", ("batch", "kept", "512"))},
+        formats=formats,
+    )
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package whose graphs are not graphs: whoever loads one, fails."""
+    folder = tmp_path / "package"
+    (folder / "onnx").mkdir(parents=True)
+    variants = {
+        "fp32": Variant("fp32", {}, {role: graph_file(role, "") for role in ROLES}),
+        "int4": Variant(
+            "int4", {}, {"embed_tokens": graph_file("embed_tokens", ""), "decoder": graph_file("decoder", "_int4")}
+        ),
+    }
+    names = {name for v in variants.values() for g in v.graphs.values() for name in (g.graph, g.data)}
+    for name in names:
+        (folder / "onnx" / name).write_bytes(b"x" * (3_000_000 if name == "decoder.onnx_data" else 1000))
+    manifest = Manifest(
+        schema=SCHEMA,
+        family="some_family",
+        target="cpu",
+        source=Source("my-finetune", "some_type", "bfloat16", 1234567, {"config.json": FileEntry("0" * 64, 1)}),
+        roles=ROLES,
+        variants=variants,
+        versions={"vlmport": "0.1.0"},
+        files={f"onnx/{name}": file_entry(folder / "onnx" / name) for name in sorted(names)},
+        cache=CacheSpec(num_layers=4, num_kv_heads=2, head_dim=16, dtype="float32", max_length=32768),
+    )
+    (folder / "vlmport.json").write_text(manifest_text(manifest), encoding="utf-8")
+    return folder
+
+
+def test_text_tells_roles_variants_sizes_tensors_and_bits(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(package)]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "source my-finetune, 1,234,567 parameters in bfloat16" in lines
+    assert "context 32,768 tokens" in lines
+    assert "variant embed_tokens decoder all parity" in lines
+    assert "fp32 0.0 MB 3.0 MB 3.0 MB not validated" in lines
+    assert "int4 0.0 MB 0.0 MB 0.0 MB not validated" in lines
+    assert "in past_key_values.0-3.key float32 [batch, 2, past_length, 16]" in lines
+    assert "out logits float32 [batch, kept, 512]" in lines
+    assert "layers.0-1,3.mlp.down_proj.weight float32 int4" in lines
+    assert "layers.2.mlp.down_proj.weight float32 float32" in lines
+
+
+def test_json_has_the_same(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(package), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["roles"] == list(ROLES)
+    assert set(found["variants"]) == {"fp32", "int4"}
+    decoder = found["variants"]["int4"]["graphs"]["decoder"]
+    assert decoder["formats"]["layers.0.mlp.down_proj.weight"] == "int4"
+    assert decoder["outputs"]["logits"] == {"dtype": "float32", "shape": ["batch", "kept", "512"]}
+    assert decoder["size"] == 2000
+    assert found["size"] == 3_005_000
+
+
+def test_not_a_package_is_one_line_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "vlmport.json" in message
+
+
+@given(st.dictionaries(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), st.sampled_from("xy")))
+def test_folding_loses_no_name(labels: dict[tuple[str, int], str]) -> None:
+    named = {f"{head}.{number}.w": label for (head, number), label in labels.items()}
+    back = {}
+    for name, label in folded(named):
+        head, numbers, tail = name.split(".")
+        for run in numbers.split(","):
+            first, _, last = run.partition("-")
+            for number in range(int(first), int(last or first) + 1):
+                back[f"{head}.{number}.{tail}"] = label
+    assert back == named
+
+
+def test_names_without_a_number_stay() -> None:
+    assert folded({"norm.weight": "float32", "b.c": "int8"}) == [("norm.weight", "float32"), ("b.c", "int8")]
