@@ -29,9 +29,9 @@ def lower(model: ir.Model, target: str) -> None:
         LowerRotary(),
         LowerFloatConstant(),
         LowerLastPositions(),
+        FoldSmallConstants(),
         _SEGMENT_ATTENTION[target](),
         LowerCachedAttention(),
-        FoldSmallConstants(),
         Tidy(),
     ]
     Sequential(*passes)(model)

@@ -1,0 +1,114 @@
+"""The upstream class of this family in PyTorch, as `validate --reference` needs it (validate/reference.py: ReferenceModel).
+
+Everything that names a module of transformers for this family stands here. S prompt tokens, P patches, R visual rows.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+
+from ...runtime.errors import CheckpointError
+from ...runtime.image import Patches
+from ...runtime.model import Prepared
+
+__all__ = ["Reference", "load"]
+
+Array = NDArray[Any]
+_IMAGE, _VIDEO = 1, 2  # mm_token_type_ids
+
+
+def load(folder: Path) -> "Reference":
+    """The checkpoint in float32 with eager attention, from local files. Raises CheckpointError for missing tensors."""
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise CheckpointError(f"{folder}: transformers cannot fill the model: {wrong}; download the checkpoint again")
+    return Reference(model.eval(), folder)
+
+
+class Reference:
+    """One checkpoint in PyTorch, float32; a prompt at a time."""
+
+    video_rule = "transformers-5.23"  # what the installed transformers computes; a rule of runtime/positions.py
+
+    def __init__(self, model: Any, folder: Path) -> None:
+        self._model = model
+        self._folder = folder
+        self._cache: Any = None
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Array, Array]:
+        """The processor's own pixel_values [P, patch_dim] and grids [n, 3] of still images, by its Pillow backend."""
+        processor = AutoImageProcessor.from_pretrained(self._folder, backend="pil", local_files_only=True)
+        found = processor(images=list(images), return_tensors="np")
+        return found["pixel_values"], found["image_grid_thw"]
+
+    @torch.inference_mode()
+    def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
+        """Blocks' output [P, C] in natural patch order, and merger output [R, D], of all visuals in one call."""
+        visual = self._model.model.visual
+        pixel_values, grids = _pixels(patches)
+        output = visual(pixel_values, grid_thw=grids)
+        window_index, _ = get_vision_window_index(
+            grids,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        hidden = output.last_hidden_state
+        blocks = hidden.reshape(len(window_index), -1, hidden.shape[-1])
+        natural = blocks[torch.argsort(window_index)].reshape(hidden.shape)
+        return natural.numpy(), output.pooler_output.numpy()
+
+    @torch.inference_mode()
+    def prefill(self, prepared: Prepared) -> tuple[Array, Array, Array]:
+        """Starts a prompt: logits [S, V], inputs_embeds [S, D] after splicing, position_ids [3, S] as upstream has them."""
+        config = self._model.config
+        ids = torch.from_numpy(prepared.input_ids)[None]
+        types = torch.zeros_like(ids, dtype=torch.int32)
+        types[ids == config.image_token_id] = _IMAGE
+        types[ids == config.video_token_id] = _VIDEO
+        feeds: dict[str, Any] = {"input_ids": ids, "mm_token_type_ids": types}
+        if prepared.images:
+            feeds["pixel_values"], feeds["image_grid_thw"] = _pixels(prepared.images)
+        if prepared.videos:
+            feeds["pixel_values_videos"], feeds["video_grid_thw"] = _pixels(prepared.videos)
+            feeds["second_per_grid_ts"] = torch.tensor([patches.seconds_per_grid for patches in prepared.videos])
+        self._model.model.rope_deltas = None  # upstream would keep those of the prompt before
+        seen: dict[str, Any] = {}
+        hook = self._model.model.language_model.register_forward_pre_hook(
+            lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True
+        )
+        try:
+            output = self._model(**feeds, use_cache=True)
+        finally:
+            hook.remove()
+        self._cache = output.past_key_values
+        length = len(prepared.input_ids)
+        positions = seen["position_ids"]  # None for text alone: counted by the model itself
+        if positions is None:
+            positions = torch.arange(length).expand(3, 1, length)
+        return output.logits[0].numpy(), seen["inputs_embeds"][0].numpy(), positions[-3:, 0].numpy()
+
+    @torch.inference_mode()
+    def step(self, token_id: int) -> Array:
+        """Logits [V] after one more token, through the cache."""
+        output = self._model(input_ids=torch.tensor([[token_id]]), past_key_values=self._cache, use_cache=True)
+        return output.logits[0, -1].numpy()
+
+
+def _pixels(patches: Sequence[Patches]) -> tuple[torch.Tensor, torch.Tensor]:
+    pixel_values = np.concatenate([patch.pixel_values for patch in patches])
+    return torch.from_numpy(pixel_values), torch.tensor([patch.grid for patch in patches], dtype=torch.int64)

@@ -1,0 +1,45 @@
+"""Packages that many tests read. Exported once a run, shared by all workers; a test that changes one copies it first."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+GOLDENS = Path(__file__).parent / "goldens"
+RECIPES = ("fp32", "int8", "int4")
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all workers of a run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def package_tiny_a(shared_folder: Path) -> Path:
+    """Package of the golden checkpoint tiny_a (untied head, GQA) with fp32, int8 and int4."""
+    return exported(GOLDENS / "qwen2_5_vl" / "tiny_a", shared_folder)
+
+
+@pytest.fixture(scope="session")
+def package_tiny_b(shared_folder: Path) -> Path:
+    """Package of the golden checkpoint tiny_b (tied head, one key/value head) with fp32, int8 and int4."""
+    return exported(GOLDENS / "qwen2_5_vl" / "tiny_b", shared_folder)
+
+
+def exported(checkpoint: Path, folder: Path) -> Path:
+    import fcntl
+
+    from vlmport.export.build import export_checkpoint
+    from vlmport.quant.recipe import load_recipe
+    from vlmport.validate.selfcheck import write_selfcheck
+
+    package = folder / f"package-{checkpoint.name}"
+    with (folder / f"{checkpoint.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker exports, the others wait for it
+        if not package.exists():
+            staged = folder / f"staged-{checkpoint.name}"
+            write_selfcheck(export_checkpoint(checkpoint, staged, [load_recipe(name) for name in RECIPES]))
+            staged.rename(package)
+    return package
