@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..export.build import export_checkpoint
 from ..export.lower import TARGETS
-from ..quant.recipe import builtin_names, load_recipe
+from ..quant.recipe import BUILTIN_NAMES, load_recipe
 from ..validate.selfcheck import write_selfcheck
 from .progress import Progress
 from .table import table
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         nargs="+",
         default=["fp32"],
-        help=f"{', '.join(builtin_names())} or a .json file; several make several variants (default: fp32)",
+        help=f"{', '.join(BUILTIN_NAMES)} or a .json file; several make several variants (default: fp32)",
     )
     parser.add_argument("--block-size", metavar="N", type=int, help="weights a scale in 4-bit and 8-bit recipes (default: 32)")
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="what the graphs will run on (default: cpu)")
@@ -47,6 +47,6 @@ def execute(args: argparse.Namespace) -> int:
     if package.manifest.target == "cpu":  # answers can be recorded only where the graphs run
         write_selfcheck(package)
     rows = [(name, f"{package.size(name) / 1e6:.1f} MB") for name in package.manifest.variants]
-    print(table(("variant", "size"), rows))
+    print(table([("variant", "size"), *rows], "<>"))
     print(f"{package.path}: {len(rows)} variants in {time.perf_counter() - started:.1f} s")
     return 0
