@@ -1,0 +1,256 @@
+"""Images: from a file to the patches that the vision encoder takes.
+
+Dims: T frames, C = 3 channels, H W pixels after the resize, P patches of p x p pixels, m merge side in patches.
+
+The order of operations is that of the reference's Pillow processor, so that pixels are equal to the bit: RGB, resize in
+uint8, times 1/255 in float64 rounded to float32, minus mean, over std in float32. A pixel has 256 values, so the last
+three steps are a table of 256 entries a channel.
+
+EXIF orientation is not applied and alpha is dropped, not blended: the reference does neither.
+"""
+
+import io
+import math
+import stat
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .errors import CapacityError, InputError, PackageError
+from .manifest import ImageSpec
+
+__all__ = [
+    "MAX_SOURCE_PIXELS",
+    "ImageOptions",
+    "ImageSource",
+    "Patches",
+    "check_plain_file",
+    "fit",
+    "load_image",
+    "preprocess_images",
+    "smart_resize",
+    "source_label",
+]
+
+MAX_SOURCE_PIXELS = 178_956_970  # of an image as stored; the limit at which Pillow itself refuses
+_MAX_FILE_BYTES = 1 << 30  # more than MAX_SOURCE_PIXELS take in any format below
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's many; some others start programs
+_RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# What Pillow raises for damaged files, by format and place of the damage.
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+_MAX_RATIO = 200  # of the sides; the reference refuses more
+
+ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Limits of one image in pixels, in place of the package's own."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True)
+class Patches:
+    """One image or clip as the vision encoder takes it: merge blocks in raster order, each block's patches together."""
+
+    pixel_values: NDArray[np.float32]  # [P, C * frames a patch * p * p], columns channel, frame, y, x
+    grid: tuple[int, int, int]  # frames over frames a patch, rows, columns; in patches
+    seconds_per_grid: float | None = None  # time from one grid row of frames to the next; None: a still image
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+    def num_tokens(self, merge_size: int) -> int:
+        """Tokens that it takes in a prompt: one a merge block."""
+        return self.num_patches // merge_size**2
+
+
+def load_image(source: ImageSource, *, max_source_pixels: int = MAX_SOURCE_PIXELS, name: str = "") -> Image.Image:
+    """Decodes an image from a file, its bytes, an array uint8 [H, W, 3] or a Pillow image, to RGB.
+
+    The number of pixels is read from the header, before anything is decoded. `name` stands in messages where the source
+    has no name of its own. Raises CapacityError over `max_source_pixels` and InputError for what is no readable image.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, max_source_pixels, name or "image array")
+    if isinstance(source, Image.Image):
+        return _decode(source, max_source_pixels, name or "image")
+    if isinstance(source, bytes):
+        return _from_bytes(source, max_source_pixels, name or "image data")
+    label = source_label(source, name)
+    return _from_bytes(_read_plain_file(source, label), max_source_pixels, label)
+
+
+def source_label(source: str | Path, name: str) -> str:
+    """How messages call a file: where it was asked for, and its name on one line."""
+    text = str(source) if str(source).isprintable() else ascii(str(source))
+    return f"{name}: {text}" if name else text
+
+
+def check_plain_file(path: str | Path, label: str) -> int:
+    """Bytes of a plain file; devices, pipes and folders are refused before they are opened. Raises InputError."""
+    try:
+        status = Path(path).stat()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"{label}: cannot be read ({reason}); check the path") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"{label}: is not a plain file; give the path of an image or video file")
+    return status.st_size
+
+
+def _read_plain_file(path: str | Path, label: str) -> bytes:
+    size = check_plain_file(path, label)
+    if size > _MAX_FILE_BYTES:
+        raise CapacityError(f"{label}: {size} bytes are over the limit of {_MAX_FILE_BYTES} for an image; convert it")
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{label}: cannot be read ({error.strerror}); check the permissions") from error
+
+
+def _from_bytes(data: bytes, max_source_pixels: int, label: str) -> Image.Image:
+    if not data:
+        raise InputError(f"{label}: is empty (0 bytes); copy the image again")
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise CapacityError(f"{label}: {error}; make the image smaller") from error
+    except _DAMAGE as error:
+        raise InputError(
+            f"{label}: is not an image of a known format ({', '.join(_FORMATS)}), or its header is damaged"
+        ) from error
+    return _decode(image, max_source_pixels, label)
+
+
+def _decode(image: Image.Image, max_source_pixels: int, label: str) -> Image.Image:
+    _check_pixels(image.height, image.width, max_source_pixels, label)
+    try:
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise CapacityError(f"{label}: {error}; make the image smaller") from error
+    except _DAMAGE as error:
+        raise InputError(f"{label}: is a damaged image ({error}); copy or convert it again") from error
+
+
+def _from_array(array: NDArray[np.uint8], max_source_pixels: int, label: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise InputError(f"{label}: is {array.dtype}{list(array.shape)}; give uint8 [height, width, 3]")
+    _check_pixels(array.shape[0], array.shape[1], max_source_pixels, label)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _check_pixels(height: int, width: int, max_source_pixels: int, label: str) -> None:
+    if height < 1 or width < 1:
+        raise InputError(f"{label}: has no pixels ({width}x{height}); give another image")
+    if height * width > max_source_pixels:
+        raise CapacityError(
+            f"{label}: {width}x{height} is {height * width} pixels, over the limit of {max_source_pixels}; "
+            "make the image smaller or raise the limit"
+        )
+
+
+def preprocess_images(
+    frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions | None = None, *, name: str = "image"
+) -> Patches:
+    """Patches of one image (a single frame) or of the frames of one clip, all resized to what the first one asks for.
+
+    Too few frames for a whole patch in time repeat the last one. Raises InputError for sides that cannot be fitted and
+    CapacityError where the options ask for more pixels than MAX_SOURCE_PIXELS.
+    """
+    assert frames, "an image or a clip has at least one frame"
+    if spec.strategy != "smart_resize":
+        raise PackageError(
+            f"vlmport.json: image.strategy {spec.strategy!r} is not smart_resize; export the checkpoint again"
+        )
+    height, width = fit(frames[0], spec, options or ImageOptions(), name)
+    if height * width * len(frames) > MAX_SOURCE_PIXELS:
+        raise CapacityError(
+            f"{name}: {len(frames)} frames of {width}x{height} are over the limit of {MAX_SOURCE_PIXELS} pixels; "
+            "lower min_pixels or max_pixels"
+        )
+    resample = _RESAMPLE[spec.resample]
+    pixels_THWC = np.stack([np.asarray(frame.resize((width, height), resample)) for frame in frames])
+    return _patchify(pixels_THWC, spec)
+
+
+def fit(image: Image.Image, spec: ImageSpec, options: ImageOptions, name: str) -> tuple[int, int]:
+    """Height and width that an image is resized to. Raises InputError naming the limit that is wrong."""
+    limits = {"min_pixels": spec.min_pixels, "max_pixels": spec.max_pixels}
+    if options.min_pixels is not None:
+        limits["min_pixels"] = options.min_pixels
+    if options.max_pixels is not None:
+        limits["max_pixels"] = options.max_pixels
+    for option, value in limits.items():
+        if value < 1:
+            raise InputError(f"{name}: {option} is {value}; give a number of pixels above 0")
+    if limits["min_pixels"] > limits["max_pixels"]:
+        raise InputError(
+            f"{name}: min_pixels {limits['min_pixels']} is over max_pixels {limits['max_pixels']}; give both"
+        )
+    try:
+        return smart_resize(image.height, image.width, spec.patch_size * spec.merge_size, **limits)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The nearest size whose sides are multiples of `factor` and whose area is within the limits, shape kept.
+
+    As transformers' qwen2_vl image processor since 4.50 (earlier ones refuse sides under `factor`), with Python's
+    rounding of halves to even. Raises InputError where one side is over 200 times the other.
+    """
+    ratio = max(height, width) / min(height, width)
+    if ratio > _MAX_RATIO:
+        raise InputError(
+            f"{width}x{height} has one side {ratio:.0f} times the other, over {_MAX_RATIO}; crop or pad it"
+        )
+    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+def _patchify(pixels_THWC: NDArray[np.uint8], spec: ImageSpec) -> Patches:
+    """uint8 [T, H, W, 3] -> float32 patches; rows (t, block y, block x, row, column), columns (c, frame, y, x)."""
+    size, merge, depth = spec.patch_size, spec.merge_size, spec.temporal_patch_size
+    missing = -len(pixels_THWC) % depth
+    if missing:
+        pixels_THWC = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], missing, axis=0)])
+    num_frames, height, width, channels = pixels_THWC.shape
+    t, h, w = num_frames // depth, height // size, width // size
+    blocks = pixels_THWC.reshape(t, depth, h // merge, merge, size, w // merge, merge, size, channels)
+    patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, depth * size * size)
+    table = _normalisation(spec)
+    pixel_values = np.empty(patches.shape, np.float32)
+    for channel in range(channels):
+        pixel_values[:, channel] = table[channel][patches[:, channel]]
+    return Patches(pixel_values.reshape(t * h * w, -1), (t, h, w))
+
+
+def _normalisation(spec: ImageSpec) -> NDArray[np.float32]:
+    """What each of the 256 values of a channel becomes, float32 [3, 256]."""
+    scaled = (np.arange(256, dtype=np.float64) * spec.rescale).astype(np.float32)
+    mean, std = np.array(spec.mean, np.float32)[:, None], np.array(spec.std, np.float32)[:, None]
+    return (scaled - mean) / std
