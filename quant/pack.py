@@ -10,19 +10,23 @@ Two 4-bit codes share a byte, the first in the low half. A row of zero points is
 each row of each array has its own bytes and a weight can be packed in any chunks of rows.
 """
 
+from typing import Literal
+
 import numpy as np
 
 from ..runtime.errors import RecipeError
 from .recipe import WeightFormat
 from .rtn import Uint8, num_blocks
 
-__all__ = ["gather_shapes", "linear_shapes", "pack_codes", "pack_zero_points"]
+__all__ = ["Piece", "gather_shapes", "linear_shapes", "pack_codes", "pack_zero_points"]
+
+Piece = Literal["whole", "quantized", "scales", "zero_points"]  # a stored tensor holds one of these of a weight
 
 
-def linear_shapes(num_rows: int, num_columns: int, format: WeightFormat) -> dict[str, tuple[int, ...]]:
+def linear_shapes(num_rows: int, num_columns: int, format: WeightFormat) -> dict[Piece, tuple[int, ...]]:
     """Shapes of the initializers of MatMulNBits: "quantized", "scales" and, unless symmetric, "zero_points"."""
     blocks = num_blocks(num_columns, format.block_size)
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: dict[Piece, tuple[int, ...]] = {
         "quantized": (num_rows, blocks, format.block_size * format.bits // 8),
         "scales": (num_rows * blocks,),
     }
@@ -31,14 +35,14 @@ def linear_shapes(num_rows: int, num_columns: int, format: WeightFormat) -> dict
     return shapes
 
 
-def gather_shapes(num_rows: int, num_columns: int, format: WeightFormat, name: str) -> dict[str, tuple[int, ...]]:
+def gather_shapes(num_rows: int, num_columns: int, format: WeightFormat, name: str) -> dict[Piece, tuple[int, ...]]:
     """Shapes of the initializers of GatherBlockQuantized. Raises RecipeError where K values do not fill whole bytes."""
     if num_columns * format.bits % 8:
         raise RecipeError(
             f"{name}: rows of {num_columns} values do not fill whole bytes with {format.bits} bits; use 8"
         )
     blocks = num_blocks(num_columns, format.block_size)
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: dict[Piece, tuple[int, ...]] = {
         "quantized": (num_rows, num_columns * format.bits // 8),
         "scales": (num_rows, blocks),
     }

@@ -33,7 +33,7 @@ def quantize_rows(
 ) -> tuple[Uint8, Float32, Uint8]:
     """Quantizes rows of a weight.
 
-    W_NK: float32 [N, K]. Returns codes uint8 [N, B * block_size] (beyond K they are the zero point, so they stand for 0),
+    W_NK: float32 [N, K]. Returns codes uint8 [N, B * block_size] (beyond K the zero point, which stands for 0),
     scales float32 [N, B] (exact in `scale_dtype`, "float32" or "float16") and zero points uint8 [N, B]. A value errs by
     half its scale at most. Raises CheckpointError naming `name` where a value is not finite, RecipeError where a scale
     does not fit `scale_dtype`.
