@@ -1,7 +1,7 @@
 """The one table of thresholds, and the judgement of measured numbers by it: PASS, FAIL or AMBIGUOUS.
 
-A gate is a limit on one metric of one stage at one precision. Where nothing was compared, or a number is not finite, the
-gate fails: missing evidence is never a pass. AMBIGUOUS says that only near ties of the reference stand between the
+A gate is a limit on one metric of one stage at one precision. Where nothing was compared, or a number is not finite,
+the gate fails: missing evidence is never a pass. AMBIGUOUS says that only near ties of the reference stand between the
 number and the limit; it does not fail a run. Each result records the limit that would have passed.
 
 Precisions are columns: a stage is judged by the column of the graphs that it went through. `fp32-unit` is float32 on
@@ -38,7 +38,20 @@ GATES_SCHEMA = "vlmport-gates/1"
 COLUMNS = ("fp32-unit", "fp32", "fp16", "int8", "int4")  # from the strictest to the loosest
 
 # Kinds of stages that have gates of their own. What a column has no gates for is reported, not judged.
-STAGES = ("exact", "pixels", "vision", "projector", "embeddings", "prefill", "decode", "cache", "generation", "task")
+STAGES = (
+    "exact",
+    "pixels",
+    "vision",
+    "projector",
+    "embeddings",
+    "past",
+    "prefill",
+    "argmax",
+    "decode",
+    "cache",
+    "generation",
+    "task",
+)
 
 _AT_LEAST = frozenset(
     {
@@ -166,7 +179,9 @@ DEFAULT_GATES = GateTable(
                 "vision": _UNIT,
                 "projector": _UNIT,
                 "embeddings": _UNIT,
+                "past": _UNIT,
                 "prefill": _LOGITS_UNIT,
+                "argmax": (Gate("match", 1.0, _ISSUE),),
                 "decode": _LOGITS_UNIT,
                 "cache": _UNIT,
                 "generation": (Gate("match", 1.0, _ISSUE),),
@@ -177,6 +192,8 @@ DEFAULT_GATES = GateTable(
                 "vision": _TOWER_FP32,
                 "projector": _TOWER_FP32,
                 "embeddings": _TOWER_FP32,
+                "past": _TOWER_FP32,
+                "argmax": (Gate("match", 1.0, "as same_top1 of prefill"),),
                 "prefill": _LOGITS_FP32,
                 "decode": (*_LOGITS_FP32, _NO_SLOPE),
                 "cache": _CACHE_FP32,
@@ -189,6 +206,8 @@ DEFAULT_GATES = GateTable(
                 "vision": _TOWER_FP16,
                 "projector": _TOWER_FP16,
                 "embeddings": _TOWER_FP16,
+                "past": _TOWER_FP16,
+                "argmax": (Gate("match", 0.995, "as same_top1 of prefill"),),
                 "prefill": _LOGITS_FP16,
                 "decode": _LOGITS_FP16,
                 "cache": _CACHE_FP16,
@@ -201,7 +220,9 @@ DEFAULT_GATES = GateTable(
                 "vision": _TOWER_LOW,
                 "projector": _TOWER_LOW,
                 "embeddings": _TOWER_LOW,
+                "past": _TOWER_LOW,
                 "prefill": _LOGITS_INT8,
+                "argmax": (Gate("match", 0.99, "as same_top1 of prefill"),),
                 "decode": _LOGITS_INT8,
                 "cache": _CACHE_INT8,
                 "task": (Gate("recovery", 0.99, "proposal"), Gate("flips", 0.01, "at most 1 % in either direction")),
@@ -213,14 +234,15 @@ DEFAULT_GATES = GateTable(
                 "projector": _TOWER_LOW,
                 "embeddings": _TOWER_LOW,
                 "prefill": _LOGITS_INT4,
+                "argmax": (Gate("match", 0.95, "as same_top1 of prefill"),),
                 "decode": _LOGITS_INT4,
                 "cache": _CACHE_INT4,
                 "task": (Gate("recovery", 0.95, "llm-compressor; proposal"),),
             },
         }
     ),
-    # Two choices change places only when they move against each other by the reference's margin. So a margin counts as a
-    # tie up to twice the noise that the column allows: 2 x max abs in float32, else 2 x sqrt(2 x mean KL), because a
+    # Two choices change places only when they move against each other by the reference's margin. So a margin counts as
+    # a tie up to twice the noise that the column allows: 2 x max abs in float32, else 2 x sqrt(2 x mean KL), because a
     # logit error of variance v gives a divergence of about v / 2.
     tie_margin=MappingProxyType({"fp32-unit": 2e-4, "fp32": 8e-3, "fp16": 0.03, "int8": 0.09, "int4": 0.4}),
     origin="built in",

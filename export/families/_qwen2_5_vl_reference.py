@@ -1,6 +1,7 @@
-"""The upstream class of this family in PyTorch, as `validate --reference` needs it (validate/reference.py: ReferenceModel).
+"""The upstream class of Qwen2-VL and Qwen2.5-VL in PyTorch, as `validate --reference` needs it.
 
-Everything that names a module of transformers for this family stands here. S prompt tokens, P patches, R visual rows.
+Follows the protocol ReferenceModel of validate/reference.py. Everything that names a module of transformers for these
+families stands here. S prompt tokens, P patches, C vision width, R visual rows, D embedding width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -61,20 +62,21 @@ class Reference:
         visual = self._model.model.visual
         pixel_values, grids = _pixels(patches)
         output = visual(pixel_values, grid_thw=grids)
-        window_index, _ = get_vision_window_index(
-            grids,
-            spatial_merge_size=visual.spatial_merge_size,
-            window_size=visual.window_size,
-            patch_size=visual.patch_size,
-        )
         hidden = output.last_hidden_state
-        blocks = hidden.reshape(len(window_index), -1, hidden.shape[-1])
-        natural = blocks[torch.argsort(window_index)].reshape(hidden.shape)
-        return natural.numpy(), output.pooler_output.numpy()
+        if "window_size" in visual.config.to_dict():  # upstream holds these rows in window order
+            window_index, _ = get_vision_window_index(
+                grids,
+                spatial_merge_size=visual.spatial_merge_size,
+                window_size=visual.window_size,
+                patch_size=visual.patch_size,
+            )
+            blocks = hidden.reshape(len(window_index), -1, hidden.shape[-1])
+            hidden = blocks[torch.argsort(window_index)].reshape(hidden.shape)
+        return hidden.numpy(), output.pooler_output.numpy()
 
     @torch.inference_mode()
     def prefill(self, prepared: Prepared) -> tuple[Array, Array, Array]:
-        """Starts a prompt: logits [S, V], inputs_embeds [S, D] after splicing, position_ids [3, S] as upstream has them."""
+        """Starts a prompt: logits [S, V], inputs_embeds [S, D] after splicing, position_ids [3, S]."""
         config = self._model.config
         ids = torch.from_numpy(prepared.input_ids)[None]
         types = torch.zeros_like(ids, dtype=torch.int32)
@@ -85,7 +87,8 @@ class Reference:
             feeds["pixel_values"], feeds["image_grid_thw"] = _pixels(prepared.images)
         if prepared.videos:
             feeds["pixel_values_videos"], feeds["video_grid_thw"] = _pixels(prepared.videos)
-            feeds["second_per_grid_ts"] = torch.tensor([patches.seconds_per_grid for patches in prepared.videos])
+            if "tokens_per_second" in config.vision_config.to_dict():  # else positions count frames
+                feeds["second_per_grid_ts"] = torch.tensor([patches.seconds_per_grid for patches in prepared.videos])
         self._model.model.rope_deltas = None  # upstream would keep those of the prompt before
         seen: dict[str, Any] = {}
         hook = self._model.model.language_model.register_forward_pre_hook(

@@ -1,0 +1,104 @@
+"""The variant's stages under the names that golden folders use.
+
+A key is (stage, modality, index): modality None counts all visuals of the prompt in the order of their placeholders;
+index picks one image or clip, None all of them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.image import Patches
+from ..runtime.manifest import VisionSpec
+from ..runtime.model import Model, Prepared
+from ..runtime.vision_inputs import vision_inputs
+from .stages import Stages
+
+__all__ = ["Key", "candidate_stages", "modality_of"]
+
+Array = NDArray[Any]
+Key = tuple[str, str | None, int | None]
+
+
+def candidate_stages(model: Model, prepared: Prepared, stages: Stages) -> dict[Key, Array]:
+    """Everything that the variant and its runtime can show of one prompt."""
+    found: dict[Key, Array] = {
+        ("position_ids", None, None): prepared.position_ids,
+        ("extra.rope_deltas", None, None): np.array([prepared.rope_delta]),
+        ("extra.input_ids", None, None): prepared.input_ids,
+        ("inputs_embeds", None, None): stages.inputs_embeds,
+        ("prefill_logits", None, None): stages.prefill_logits,
+        ("prefill_logits_last", None, None): stages.prefill_logits[-1],
+        ("step_logits", None, None): stages.step_logits,
+    }
+    for layer, (keys, values) in enumerate(zip(stages.past_keys, stages.past_values, strict=True)):
+        found[f"past_key.{layer}", None, None] = keys
+        found[f"past_value.{layer}", None, None] = values
+    if stages.vision is None or stages.features is None:
+        return found
+    visuals = list(prepared.visuals)
+    sizes = [len(patches.pixel_values) for patches in visuals]
+    vision = _split(stages.vision, sizes)
+    features = _split(stages.features, sizes)
+    for modality in (None, "image", "video"):
+        picked = [i for i, patches in enumerate(visuals) if modality in (None, modality_of(patches))]
+        if picked:
+            found |= _visual_stages(
+                model.manifest.vision,
+                modality,
+                [visuals[i] for i in picked],
+                [vision[i] for i in picked],
+                [features[i] for i in picked],
+            )
+    return found
+
+
+def modality_of(patches: Patches) -> str:
+    """A clip knows how many seconds one of its grid steps lasts; a still image does not."""
+    return "image" if patches.seconds_per_grid is None else "video"
+
+
+def _visual_stages(
+    spec: VisionSpec | None,
+    modality: str | None,
+    patches: Sequence[Patches],
+    vision: Sequence[Array],
+    features: Sequence[Array],
+) -> dict[Key, Array]:
+    """Stages of the visuals of one modality, one array a visual in each argument."""
+    grids = [patch.grid for patch in patches]
+    whole = {
+        "pixel_values": [patch.pixel_values for patch in patches],
+        "vision": list(vision),
+        "projector": list(features),
+    }
+    if modality is not None:
+        whole[f"projector_{modality}"] = list(features)
+        whole[f"{modality}_grid_thw"] = [np.array([grid]) for grid in grids]
+    found: dict[Key, Array] = {}
+    for stage, arrays in whole.items():
+        # A stage whose name tells the modality may come with or without it.
+        for key in (
+            {modality, None} if stage.startswith(f"{modality}_") or stage.endswith(f"_{modality}") else {modality}
+        ):
+            found[stage, key, None] = np.concatenate(arrays)
+            found |= {(stage, key, index): array for index, array in enumerate(arrays)}
+    if spec is not None:
+        indices = vision_inputs(spec, grids)
+        found |= {(f"extra.{name}", modality, None): array for name, array in indices.items()}
+        if "window_index" in indices:
+            rows = np.concatenate(vision)
+            blocks = rows.reshape(len(indices["window_index"]), -1, rows.shape[-1])
+            window_order = blocks[indices["window_index"]].reshape(rows.shape)
+            found["extra.vision_window_order", modality, None] = window_order
+    return found
+
+
+def _split(rows: Array, patches: Sequence[int]) -> list[Array]:
+    """Cuts rows that belong to visuals of so many patches each; rows may be fewer than patches, by one whole factor."""
+    factor = sum(patches) // max(len(rows), 1)
+    ends = np.cumsum([count // factor for count in patches])
+    assert ends[-1] == len(rows), (len(rows), list(patches))
+    return np.split(rows, ends[:-1])

@@ -1,0 +1,183 @@
+"""Comparison records: one stage of one sample, and the row of the report that several make.
+
+A record holds errors, not tensors, so that a run over many samples stays small. A row joins the records of one stage
+and is judged by the gates of its kind. What cannot be compared is a record too, with its reason: nothing is dropped.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.manifest import Variant
+from .gates import GateResult, GateTable, Outcome, column_of, judge, worst
+from .metrics import LogitErrors, TensorErrors, drift_slope, logit_errors, tensor_errors
+
+__all__ = [
+    "Choices",
+    "Comparison",
+    "NotCompared",
+    "StageRow",
+    "compare_ids",
+    "compare_logits",
+    "compare_tensors",
+    "stage_columns",
+    "stage_rows",
+]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Discrete choices: are they the reference's, and if not, was the reference near a tie there."""
+
+    same: NDArray[np.bool_]
+    tie: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One stage of one sample. `kind` names its gates (gates.STAGES)."""
+
+    sample: str
+    stage: str
+    kind: str
+    tensor: TensorErrors | None = None
+    logits: LogitErrors | None = None
+    num_values: int = 0  # integers compared
+    num_different: int = 0
+    choices: Choices | None = None
+    note: str = ""
+
+    @property
+    def badness(self) -> float:
+        """Larger is worse, within one stage; finds the sample to show."""
+        if self.logits is not None and self.logits.kl.size:
+            return float(self.logits.kl.max())
+        return self.tensor.max_abs if self.tensor is not None else float(self.num_different)
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """A stage that one side has and the other has not, or that means something else there."""
+
+    sample: str
+    stage: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """All records of one stage, judged. `values` has every metric that could be computed."""
+
+    stage: str
+    kind: str
+    column: str  # of the gate table
+    num_samples: int
+    values: Mapping[str, float]
+    worst_sample: str
+    gates: tuple[GateResult, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """None where the column has no gate for this kind: reported, not judged."""
+        return worst(gate.outcome for gate in self.gates)
+
+
+def compare_tensors(sample: str, stage: str, kind: str, reference: Array, candidate: Array) -> Comparison:
+    """Float tensors of any shape. Unequal shapes are an infinite error that says both."""
+    if reference.shape == candidate.shape:
+        return Comparison(sample, stage, kind, tensor=tensor_errors(reference, candidate))
+    return Comparison(sample, stage, kind, tensor=_mismatch(reference), note=_shapes(reference, candidate))
+
+
+def compare_logits(sample: str, stage: str, kind: str, reference: Array, candidate: Array) -> Comparison:
+    """Next-token logits, [N, V] or [V] on both sides."""
+    if reference.shape != candidate.shape:
+        return Comparison(sample, stage, kind, tensor=_mismatch(reference), note=_shapes(reference, candidate))
+    reference_NV, candidate_NV = np.atleast_2d(reference), np.atleast_2d(candidate)
+    return Comparison(
+        sample,
+        stage,
+        kind,
+        tensor=tensor_errors(reference_NV, candidate_NV),
+        logits=logit_errors(reference_NV, candidate_NV),
+    )
+
+
+def compare_ids(sample: str, stage: str, reference: Array, candidate: Array, kind: str = "exact") -> Comparison:
+    """Integer tensors: how many values differ. Of unequal shapes, all do."""
+    if reference.shape != candidate.shape:
+        note = _shapes(reference, candidate)
+        count = max(reference.size, 1)
+        return Comparison(sample, stage, kind, num_values=count, num_different=count, note=note)
+    different = int((reference != candidate).sum())
+    return Comparison(sample, stage, kind, num_values=reference.size, num_different=different)
+
+
+def stage_columns(variant: Variant) -> dict[str, str]:
+    """Kind of stage -> column of the gate table, from the graphs that the stage has gone through."""
+    labels = {role: graph.precision for role, graph in variant.graphs.items()}
+    tower = [labels[role] for role in ("vision_encoder",) if role in labels]
+    features = [labels[role] for role in ("vision_encoder", "projector") if role in labels]
+    embedded = [labels[role] for role in ("vision_encoder", "projector", "embed_tokens") if role in labels]
+    everything = column_of(labels.values())
+    columns = dict.fromkeys(("past", "prefill", "argmax", "decode", "cache", "generation", "task"), everything)
+    columns |= {"exact": everything, "pixels": everything}  # preprocessing is the same in all columns
+    columns |= {"vision": column_of(tower), "projector": column_of(features), "embeddings": column_of(embedded)}
+    return columns
+
+
+def stage_rows(records: Iterable[Comparison], table: GateTable, columns: Mapping[str, str]) -> tuple[StageRow, ...]:
+    """One row a stage, in the order in which stages first appear."""
+    by_stage: dict[tuple[str, str], list[Comparison]] = {}
+    for record in records:
+        by_stage.setdefault((record.stage, record.kind), []).append(record)
+    return tuple(_row(stage, kind, found, table, columns[kind]) for (stage, kind), found in by_stage.items())
+
+
+def _row(stage: str, kind: str, records: Sequence[Comparison], table: GateTable, column: str) -> StageRow:
+    values = _values(records, table.tie_margin[column], kind)
+    return StageRow(
+        stage=stage,
+        kind=kind,
+        column=column,
+        num_samples=len({record.sample for record in records}),
+        values=values,
+        worst_sample=max(records, key=lambda record: record.badness).sample,
+        gates=judge(table, column, kind, stage, values),
+        notes=tuple(dict.fromkeys(f"{record.sample}: {record.note}" for record in records if record.note)),
+    )
+
+
+def _values(records: Sequence[Comparison], tie_margin: float, kind: str) -> dict[str, float]:
+    values: dict[str, float] = {}
+    if tensors := [record.tensor for record in records if record.tensor is not None]:
+        metrics = dataclasses.asdict(TensorErrors.join(tensors).metrics())
+        values |= {**metrics, "num_nonfinite": metrics["num_nan"] + metrics["num_inf"]}
+    if logits := [record.logits for record in records if record.logits is not None]:
+        metrics = dataclasses.asdict(LogitErrors.join(logits).metrics(tie_margin))
+        values |= {"num_positions": metrics.pop("count"), **metrics}
+        if kind == "decode":
+            values["drift_slope"] = drift_slope([errors.kl for errors in logits])
+    if num_values := sum(record.num_values for record in records):
+        values |= {"num_values": num_values, "num_different": sum(record.num_different for record in records)}
+    if choices := [record.choices for record in records if record.choices is not None]:
+        same = np.concatenate([choice.same for choice in choices])
+        tie = np.concatenate([choice.tie for choice in choices])
+        values |= {"match": float(same.mean()), "match_off_ties": float((same | tie).mean())}
+    return values
+
+
+def _mismatch(reference: Array) -> TensorErrors:
+    return TensorErrors(max(reference.size, 1), math.inf, math.inf, math.inf, 0.0, 0, 0, np.full(1, -1.0))
+
+
+def _shapes(reference: Array, candidate: Array) -> str:
+    return f"shape {list(candidate.shape)}, the reference has {list(reference.shape)}"

@@ -1,0 +1,300 @@
+"""Golden cases against a variant: every stage that both sides have, for cases, batches and alternatives.
+
+The variant gets the request alone. Its steps are teacher-forced with upstream's ids, so that one flipped token does not
+hide the logits behind it; the ids themselves are compared free-running.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.errors import VlmportError
+from ..runtime.generate import GenerationOptions
+from ..runtime.model import Model, Prepared
+from ..runtime.positions import VIDEO_RULES
+from ..runtime.sample import SamplingParams
+from .candidate import Key, candidate_stages
+from .compare import Choices, Comparison, NotCompared, compare_ids, compare_logits, compare_tensors
+from .golden import AlternativeCase, Batch, Case, Generating, Golden, HashEntry, StageEntry, request_messages
+from .metrics import margins
+from .stages import run_stages
+
+__all__ = ["compare_golden", "generation_comparison"]
+
+Array = NDArray[Any]
+Record = Comparison | NotCompared
+# Upstream's name of a stage -> its gates. A stage that is not here and is an integer is exact; `extra.*` floats are
+# inner values of the vision encoder.
+_KINDS = {
+    "pixel_values": "pixels",
+    "patch_embed": "vision",
+    "vision": "vision",
+    "projector": "projector",
+    "projector_image": "projector",
+    "projector_video": "projector",
+    "inputs_embeds": "embeddings",
+    "prefill_logits": "prefill",
+    "prefill_logits_last": "prefill",
+    "step_logits": "decode",
+    "past_key": "past",
+    "past_value": "past",
+}
+_LOGITS = ("prefill_logits", "prefill_logits_last", "step_logits")
+_IDS = "extra.generated_ids"
+_MROPE_ALTERNATIVE = re.compile(r"mrope_transformers_(\d+\.\d+)(\.\d+)*")
+_PENALTY_ALTERNATIVE = re.compile(r"repetition_penalty_[0-9.]+")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the variant made of one case."""
+
+    stages: Mapping[Key, Array]
+    input_ids: Array
+    generated_ids: tuple[int, ...]
+
+
+def compare_golden(
+    golden: Golden,
+    load: Callable[[str | None], Model],
+    tie_margin: float,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Record]:
+    """All records of one golden folder. `load` gives the variant under a rule of runtime.positions (None: its own).
+
+    tie_margin: in nats; a free run that leaves the reference where its margin is not above this has met a tie.
+    """
+    records: list[Record] = []
+    runs: dict[str, _Run] = {}
+    model = load(None)
+    for number, (name, case) in enumerate(golden.cases.items()):
+        if progress is not None:
+            progress(number, len(golden.cases), name)
+        run = _run(golden, case, case.generation, case.generated_ids, model, name, records)
+        if run is not None:
+            runs[name] = run
+            records += _compare_case(golden, name, case, run, tie_margin)
+    for name, batch in golden.batches.items():
+        records += _compare_batch(golden, name, batch, runs, tie_margin)
+    for name, alternative in golden.alternatives.items():
+        rule, reason = _rule_of(name, model)
+        if reason:
+            records.append(NotCompared(name, "all", reason))
+            continue
+        other = model if rule is None else load(rule)
+        for case_name, case in alternative.cases.items():
+            records += _compare_alternative(golden, f"{case_name}@{name}", case_name, case, other, tie_margin)
+    return records
+
+
+def generation_comparison(
+    sample: str, reference: Sequence[int], candidate: Sequence[int], step_logits: Array | None, tie_margin: float
+) -> Comparison:
+    """Free-running greedy ids. Where they part first decides: a near tie of the reference there, or an error.
+
+    step_logits: the reference's [N, V], None where it has none (then nothing counts as a tie).
+    """
+    length = max(len(reference), len(candidate))
+    differs = [list(reference[i : i + 1]) != list(candidate[i : i + 1]) for i in range(length)]
+    first = differs.index(True) if any(differs) else None
+    tie, note = False, ""
+    if first is not None:
+        note = f"{length - sum(differs)} of {length} ids equal, first other id at step {first}"
+        if step_logits is not None and first < len(step_logits):
+            margin = float(margins(step_logits[first]))
+            tie = margin <= tie_margin
+            note += f", where the reference's margin is {margin:.4f} ({'a near tie' if tie else 'not a tie'})"
+    choices = Choices(np.array([first is None]), np.array([tie]))
+    return Comparison(
+        sample,
+        "generated_ids",
+        "generation",
+        num_values=length,
+        num_different=sum(differs),
+        choices=choices,
+        note=note,
+    )
+
+
+def _run(
+    golden: Golden,
+    case: Case,
+    setting: Generating | None,
+    generated_ids: Sequence[int] | None,
+    model: Model,
+    sample: str,
+    records: list[Record],
+) -> _Run | None:
+    """Runs one request. What cannot be run becomes a record: of another kind of model, or refused by the runtime."""
+    messages = request_messages(golden, case)
+    if messages is None or setting is None or generated_ids is None:
+        records.append(NotCompared(sample, "all", "the request is no conversation, and the package has only those"))
+        return None
+    if setting.do_sample:
+        records.append(NotCompared(sample, "generated_ids", "sampled by upstream's own random numbers"))
+    try:
+        prepared = model.prepare(messages, dict(case.request.get("options", {})))
+        stages = run_stages(model, prepared, generated_ids[:-1])
+        ids = _generate(model, prepared, setting)
+    except VlmportError as error:
+        records.append(Comparison(sample, "request", "exact", num_values=1, num_different=1, note=str(error)))
+        return None
+    return _Run(candidate_stages(model, prepared, stages), prepared.input_ids, ids)
+
+
+def _generate(model: Model, prepared: Prepared, setting: Generating) -> tuple[int, ...]:
+    sampling = SamplingParams(temperature=0.0, repetition_penalty=setting.repetition_penalty)
+    options = GenerationOptions(setting.max_new_tokens, sampling, ignore_eos=setting.ignore_eos)
+    return model.generate_prepared(prepared, options).token_ids
+
+
+def _compare_case(golden: Golden, name: str, case: Case, run: _Run, tie_margin: float) -> list[Record]:
+    records: list[Record] = []
+    if case.input_ids is not None:
+        records.append(compare_ids(name, "input_ids", np.array(case.input_ids), run.input_ids))
+    for entry in case.stages:
+        if entry.stage != _IDS:  # the same as generated_ids of the JSON, which is compared below
+            records.append(_compare_entry(name, entry, golden.tensors[entry.tensor], run.stages))
+    for entry in case.hashes.values():
+        records += _compare_hash(name, entry, case.stages, run.stages)
+    if case.prefill_argmax is not None:
+        records.append(_compare_argmax(name, case.prefill_argmax, run.stages, tie_margin))
+    records += _compare_generation(golden, name, case, case.stages, run, tie_margin)
+    return records
+
+
+def _compare_generation(
+    golden: Golden, name: str, case: Case | AlternativeCase, entries: Sequence[StageEntry], run: _Run, tie_margin: float
+) -> list[Record]:
+    if case.generated_ids is None or case.generation is None or case.generation.do_sample:
+        return []
+    whole = [golden.tensors[e.tensor] for e in entries if e.stage == "step_logits" and e.part is None]
+    logits = whole[0] if whole and case.generation.repetition_penalty == 1.0 else None
+    return [generation_comparison(name, case.generated_ids, run.generated_ids, logits, tie_margin)]
+
+
+def _compare_alternative(
+    golden: Golden, sample: str, case_name: str, case: AlternativeCase, model: Model, tie_margin: float
+) -> list[Record]:
+    records: list[Record] = []
+    run = _run(golden, golden.cases[case_name], case.generation, case.generated_ids, model, sample, records)
+    if run is None:
+        return records
+    for entry in case.stages:
+        if entry.stage != _IDS:
+            records.append(_compare_entry(sample, entry, golden.tensors[entry.tensor], run.stages))
+    return records + _compare_generation(golden, sample, case, case.stages, run, tie_margin)
+
+
+def _compare_batch(
+    golden: Golden, name: str, batch: Batch, runs: Mapping[str, _Run], tie_margin: float
+) -> list[Record]:
+    """Each row alone against its row of the padded batch: the runtime needs no batch to answer several prompts."""
+    records: list[Record] = []
+    mask = np.array(batch.attention_mask, dtype=bool)
+    ids = np.array(batch.input_ids)
+    for row, case_name in enumerate(batch.rows):
+        sample = f"{name}[{row}] {case_name}, row alone"
+        run = runs.get(case_name)
+        if run is None:
+            records.append(NotCompared(sample, "all", "its case could not be run"))
+            continue
+        records.append(compare_ids(sample, "input_ids", ids[row][mask[row]], run.input_ids))
+        step_logits = None
+        for entry in batch.stages:
+            array = _row_of(entry, golden.tensors[entry.tensor], row, mask)
+            if entry.stage == "step_logits" and entry.part is None:
+                step_logits = array
+            if entry.stage in ("extra.rope_deltas", "extra.attention_mask"):
+                records.append(NotCompared(sample, entry.stage, "counts the padding of the batch"))
+            elif entry.stage not in (_IDS, "extra.input_ids"):
+                records.append(_compare_entry(sample, entry, array, run.stages))
+        ids_row = batch.generated_ids[row]
+        records.append(generation_comparison(sample, ids_row, run.generated_ids, step_logits, tie_margin))
+    return records
+
+
+def _row_of(entry: StageEntry, array: Array, row: int, mask: Array) -> Array:
+    """The meaningful part of one row of a batch's tensor."""
+    if entry.valid is None:
+        alone = array[row]
+        return alone[mask[row]] if array.shape == mask.shape else alone
+    axis = entry.valid.axis - (entry.valid.axis > entry.valid.row_axis)
+    span = slice(entry.valid.start[row], entry.valid.stop[row])
+    return array.take(row, axis=entry.valid.row_axis)[(slice(None),) * axis + (span,)]
+
+
+def _compare_entry(sample: str, entry: StageEntry, reference: Array, stages: Mapping[Key, Array]) -> Record:
+    candidate = stages.get((entry.stage, entry.modality, entry.index))
+    if candidate is None:
+        return NotCompared(sample, entry.stage, "the package's graphs and runtime do not give it")
+    if entry.part is not None:
+        candidate = candidate[(slice(None),) * entry.part.axis + (slice(entry.part.start, entry.part.stop),)]
+    if np.issubdtype(reference.dtype, np.integer):
+        return compare_ids(sample, entry.stage, reference, candidate)
+    kind = _KINDS.get(entry.stage.split(".")[0], "vision")
+    compare = compare_logits if entry.stage in _LOGITS else compare_tensors
+    return compare(sample, entry.stage, kind, reference, candidate)
+
+
+def _compare_hash(
+    sample: str, entry: HashEntry, entries: Sequence[StageEntry], stages: Mapping[Key, Array]
+) -> list[Record]:
+    """The sha256 of pixels; the statistics of a stage whose tensor is not stored. Other hashes hold no news."""
+    stored = any(
+        e.stage == entry.stage and e.modality == entry.modality and e.index == entry.index and e.part is None
+        for e in entries
+    )
+    digest = entry.sha256_f32 or entry.sha256_u8
+    is_pixels = entry.stage in ("pixel_values", "pixels_u8")
+    if (digest is None or not is_pixels) and (stored or entry.mean is None):
+        return []
+    candidate = stages.get((entry.stage, entry.modality, entry.index))
+    if candidate is None:
+        return [NotCompared(sample, f"{entry.stage} (hash)", "the package's graphs and runtime do not give it")]
+    if digest is not None and is_pixels:
+        dtype = np.float32 if entry.sha256_f32 else np.uint8
+        same = (
+            candidate.shape == entry.shape and digest == hashlib.sha256(candidate.astype(dtype).tobytes()).hexdigest()
+        )
+        note = "" if same else "bytes differ from upstream's"
+        stage = f"{entry.stage} (sha256)"
+        return [Comparison(sample, stage, "exact", num_values=1, num_different=int(not same), note=note)]
+    reference = np.array([entry.mean, entry.std, entry.min, entry.max], dtype=np.float64)
+    found = np.array([candidate.mean(dtype=np.float64), candidate.std(), candidate.min(), candidate.max()])
+    kind = _KINDS.get(entry.stage.split(".")[0], "vision")
+    return [compare_tensors(sample, f"{entry.stage} (mean, std, min, max)", kind, reference, found)]
+
+
+def _compare_argmax(
+    sample: str, reference: Sequence[int], stages: Mapping[Key, Array], tie_margin: float
+) -> Comparison:
+    """First choices at every position of the prefill. Upstream records no margins there, so the variant's own count."""
+    logits = stages["prefill_logits", None, None]
+    found, expected = logits.argmax(axis=-1), np.array(reference)
+    if found.shape != expected.shape:
+        return compare_ids(sample, "prefill_argmax", expected, found, "argmax")
+    same = found == expected
+    choices = Choices(same, ~same & (margins(logits) <= tie_margin))
+    different = int((~same).sum())
+    return Comparison(
+        sample, "prefill_argmax", "argmax", num_values=len(expected), num_different=different, choices=choices
+    )
+
+
+def _rule_of(name: str, model: Model) -> tuple[str | None, str]:
+    """(the rule of positions that an alternative's name asks for, why it cannot be run)."""
+    if _PENALTY_ALTERNATIVE.fullmatch(name):
+        return None, ""
+    match = _MROPE_ALTERNATIVE.fullmatch(name)
+    rule = f"transformers-{match[1]}" if match else ""
+    if rule not in VIDEO_RULES:
+        return None, "no rule of the runtime goes by this name"
+    if model.manifest.positions is None or model.manifest.positions.video_rule is None:
+        return None, "the package's positions follow no such rule"
+    return rule, ""
