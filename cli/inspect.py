@@ -75,7 +75,7 @@ def contents(package: Package) -> Contents:
         name: VariantContents(
             size=package.size(name),
             graphs={role: _graph(package, graph) for role, graph in variant.graphs.items()},
-            parity=last_parity(package, name),
+            parity=_last_parity(package, name),
         )
         for name, variant in manifest.variants.items()
     }
@@ -105,7 +105,7 @@ def _graph(package: Package, graph: GraphFile) -> GraphContents:
     )
 
 
-def last_parity(package: Package, variant: str) -> str:
+def _last_parity(package: Package, variant: str) -> str:
     """The outcome that the last validation of a variant came to, or why there is none."""
     file = package.path / "parity" / "report.json"
     if not file.is_file():

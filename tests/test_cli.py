@@ -1,0 +1,193 @@
+"""The command line: its options are frozen, its exit status means something, a user's mistake is one line."""
+
+import argparse
+import importlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmport.cli import main as cli
+from vlmport.cli.progress import Progress
+from vlmport.cli.table import table
+from vlmport.runtime.errors import InputError
+
+# A change here is a change for everybody's scripts: the changelog has to tell it.
+OPTIONS = {
+    "inspect": ["PACKAGE", "--json"],
+}
+
+
+def options(command: str) -> list[str]:
+    parser = argparse.ArgumentParser(add_help=False)
+    importlib.import_module(f"vlmport.cli.{command}").add_arguments(parser)
+    return [
+        "/".join(action.option_strings) or str(action.metavar)
+        for action in parser._actions  # argparse has no public list of them
+    ]
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_are_frozen(command: str) -> None:
+    assert options(command) == OPTIONS[command]
+
+
+def test_every_command_is_frozen_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(OPTIONS) == set(cli.COMMANDS)
+    for command in cli.COMMANDS:
+        assert cli.main([command, "--help"]) == 0
+        assert f"usage: vlmport {command}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], int]], None]:
+    """Puts a command `fake` beside the real ones; what it does is the test's."""
+
+    def install(act: Callable[[], int]) -> None:
+        module = ModuleType("vlmport.cli.fake")
+        module.add_arguments = lambda parser: None  # pyright: ignore[reportAttributeAccessIssue]
+        module.execute = lambda args: act()  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setitem(sys.modules, "vlmport.cli.fake", module)
+        monkeypatch.setitem(cli.COMMANDS, "fake", "nothing")
+
+    return install
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def act() -> int:
+        raise error
+
+    return act
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_status_of_the_command_is_the_status(fake: Callable[..., None], status: int) -> None:
+    fake(lambda: status)
+    assert cli.main(["fake"]) == status
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (InputError("a.png: zero bytes;\n copy it again"), 2, "vlmport: error: a.png: zero bytes; copy it again"),
+        (KeyboardInterrupt(), 130, "vlmport: error: interrupted"),
+        (PermissionError(13, "no", "/some/folder"), 2, "vlmport: error: /some/folder: Permission denied"),
+        (OSError(28, "no"), 2, "vlmport: error: No space left on device"),
+        (
+            ModuleNotFoundError("no", name="torch.onnx"),
+            2,
+            "vlmport: error: torch.onnx is not installed; add it with `pip install 'vlmport[export]'`",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(
+    fake: Callable[..., None], capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    fake(raising(error))
+    assert cli.main(["fake"]) == status
+    captured = capsys.readouterr()
+    assert captured.err == line + "\n"
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("ours"), ModuleNotFoundError("no", name="vlmport.runtime.gone"), OSError("x")]
+)
+def test_our_own_bugs_keep_their_traceback(fake: Callable[..., None], error: Exception) -> None:
+    fake(raising(error))
+    with pytest.raises(type(error)):
+        cli.main(["fake"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["inspect"], ["inspect", "a", "--nonsense"], ["--jso"]])
+def test_wrong_arguments_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    assert "vlmport" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("vlmport 0.")
+
+
+def test_installed_command_works() -> None:
+    command = os.path.join(os.path.dirname(sys.executable), "vlmport")
+    done = subprocess.run([command, "inspect", "/nowhere"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vlmport: error: /nowhere")
+
+
+def test_closed_pipe_is_quiet() -> None:
+    """`vlmport ... | head`: the reader goes away before all is printed."""
+    code = (
+        "import sys, types\nfrom vlmport.cli import main as cli\nfake = types.ModuleType('vlmport.cli.fake')\n"
+        "fake.add_arguments = lambda parser: None\nfake.execute = lambda args: print('x' * 1000000) or 0\n"
+        "sys.modules['vlmport.cli.fake'] = fake\ncli.COMMANDS['fake'] = 'nothing'\nsys.exit(cli.main(['fake']))"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode == 141
+
+
+def test_table_aligns() -> None:
+    assert (
+        table(("name", "size"), [("a", "1.0"), ("longer", "10.0")], "<>") == "name    size\na        1.0\nlonger  10.0"
+    )
+    assert table((), [("a", "b")]) == "a  b"
+    assert table((), []) == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_leaves_no_trace() -> None:
+    stream = Terminal()
+    with Progress("export", stream) as progress:
+        for done in range(101):
+            progress(done, 100, f"tensor {done}")
+    text = stream.getvalue()
+    assert "\n" not in text
+    assert "100% tensor 100" in text
+    assert text.endswith("\r")
+    assert text.split("\r")[-2].strip() == ""
+
+
+def test_progress_is_at_most_ten_plain_lines_elsewhere() -> None:
+    stream = io.StringIO()
+    with Progress("export", stream) as progress:
+        for done in range(1001):
+            progress(done, 1000, "decoder")
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[-1].startswith("export 100%")
+    assert "\r" not in stream.getvalue()
+
+
+def test_progress_starts_again_with_each_part() -> None:
+    stream = io.StringIO()
+    with Progress("export", stream) as progress:
+        for part in ("a", "b"):
+            for done in range(3):
+                progress(done, 2, part)
+    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["a", "a", "b", "b"]
+
+
+@given(st.integers(0, 10**12), st.integers(0, 10**12))
+def test_progress_takes_any_sound_count_and_refuses_others(done: int, total: int) -> None:
+    progress = Progress("x", io.StringIO())
+    if done <= total:
+        progress(done, total)
+    else:
+        with pytest.raises(ValueError, match="progress of x"):
+            progress(done, total)
