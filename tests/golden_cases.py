@@ -4,7 +4,6 @@ A case is known by its content alone: folders and cases that are added later are
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -32,6 +31,11 @@ class Golden:
 
     def __str__(self) -> str:
         return f"{self.folder.name}-{self.name}"
+
+    @property
+    def base(self) -> "Golden":
+        """The case itself, where this is what an alternative says of it."""
+        return Golden(self.folder, self.name, self.case, self.case, "expected.safetensors")
 
     @property
     def request(self) -> dict[str, Any]:
@@ -89,15 +93,19 @@ def cases_with_pixels() -> list[tuple[Golden, str]]:
     return [(case, kind) for case in cases() for kind in ("image", "video") if case.stages("pixel_values", kind)]
 
 
-def alternatives(prefix: str) -> Iterator[tuple[str, Golden]]:
+def alternatives(prefix: str) -> list[tuple[str, Golden]]:
     """(rest of the alternative's name, case) of the alternatives whose names begin with `prefix`."""
+    found: list[tuple[str, Golden]] = []
     for folder in folders():
         document = read_json(folder / "expected.json")
         for name, alternative in document["alternatives"].items():
             if name.startswith(prefix):
+                tensors = alternative.get("tensors", "expected.safetensors")
                 for case, record in alternative["cases"].items():
-                    tensors = alternative.get("tensors", "expected.safetensors")
-                    yield name.removeprefix(prefix), Golden(folder, case, document["cases"][case], record, tensors)
+                    found.append(
+                        (name.removeprefix(prefix), Golden(folder, case, document["cases"][case], record, tensors))
+                    )
+    return found
 
 
 @cache

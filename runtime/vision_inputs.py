@@ -1,0 +1,97 @@
+"""Index inputs of the vision encoder, made from the grids of all images and clips of one call.
+
+Dims: P patches of all entries, B = P / m^2 merge blocks, F frames (grid rows in time) of all entries, m merge side.
+Patches lie entry by entry, frame by frame, merge blocks in raster order, the m*m patches of a block together.
+
+A manifest names the inputs that its graph takes; each name is a function here. Attention never leaves a frame, so any
+number of entries of any size go through the encoder in one call.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import PackageError
+from .manifest import VisionSpec
+
+__all__ = [
+    "Grid",
+    "cu_seqlens",
+    "cu_window_seqlens",
+    "patch_positions",
+    "vision_inputs",
+    "window_index",
+]
+
+Grid = tuple[int, int, int]  # frames, rows, columns; in patches
+
+
+def vision_inputs(spec: VisionSpec, grids: Sequence[Grid]) -> dict[str, NDArray[np.int64] | NDArray[np.int32]]:
+    """The inputs that `spec` names. Raises PackageError for a name that this version does not know."""
+    known = {
+        "patch_positions": patch_positions,
+        "cu_seqlens": cu_seqlens,
+        "window_index": window_index,
+        "cu_window_seqlens": cu_window_seqlens,
+    }
+    unknown = sorted(set(spec.inputs) - set(known))
+    if unknown:
+        raise PackageError(f"vlmport.json: vision.inputs: {unknown[0]!r} is not one of {', '.join(known)}")
+    return {name: known[name](spec, grids) for name in spec.inputs}
+
+
+def patch_positions(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:
+    """Row and column of every patch in its frame, int64 [P, 2]."""
+    return np.concatenate([np.tile(_frame_positions(h, w, spec.merge_size), (t, 1)) for t, h, w in grids])
+
+
+def cu_seqlens(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int32]:
+    """Where frames begin and the last one ends, in patches, int32 [F + 1]."""
+    del spec  # every name takes the same arguments
+    return _cumulated(np.concatenate([np.full(t, h * w) for t, h, w in grids]))
+
+
+def window_index(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:
+    """Merge blocks in the order of attention windows, int64 [B]: windows in raster order in each frame, blocks within.
+
+    Windows are `window_blocks` wide and high and are cut off at the right and bottom.
+    """
+    pieces: list[NDArray[np.int64]] = []
+    start = 0
+    for t, h, w in grids:
+        rows, columns = h // spec.merge_size, w // spec.merge_size
+        order = np.argsort(_window_numbers(spec, rows, columns), kind="stable")  # stable: raster order within a window
+        frames = start + np.arange(t)[:, None] * rows * columns
+        pieces.append((frames + order).reshape(-1))
+        start += t * rows * columns
+    return np.concatenate(pieces)
+
+
+def cu_window_seqlens(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int32]:
+    """Where windows begin and the last one ends, in patches in window order, int32 [windows + 1]; none is empty."""
+    sizes: list[NDArray[np.int64]] = []
+    for t, h, w in grids:
+        blocks = np.bincount(_window_numbers(spec, h // spec.merge_size, w // spec.merge_size))
+        sizes.append(np.tile(blocks * spec.merge_size**2, t))
+    return _cumulated(np.concatenate(sizes))
+
+
+def _window_numbers(spec: VisionSpec, rows: int, columns: int) -> NDArray[np.int64]:
+    """Number of the window that each merge block of a frame is in, int64 [rows * columns]."""
+    side = spec.window_blocks
+    if side < 1:
+        raise PackageError(f"vlmport.json: vision.window_blocks is {side}, but vision.inputs names windows")
+    across = -(-columns // side)
+    return (np.arange(rows)[:, None] // side * across + np.arange(columns) // side).reshape(-1)
+
+
+def _frame_positions(height: int, width: int, merge: int) -> NDArray[np.int64]:
+    """Row and column of the patches of one frame, int64 [height * width, 2]."""
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    blocks = np.stack([rows, columns], axis=-1).reshape(height // merge, merge, width // merge, merge, 2)
+    return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def _cumulated(sizes: NDArray[np.int64]) -> NDArray[np.int32]:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
