@@ -33,13 +33,12 @@ def exported(checkpoint: Path, folder: Path) -> Path:
 
     from vlmport.export.build import export_checkpoint
     from vlmport.quant.recipe import load_recipe
-    from vlmport.validate.selfcheck import write_selfcheck
 
     package = folder / f"package-{checkpoint.name}"
     with (folder / f"{checkpoint.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker exports, the others wait for it
         if not package.exists():
             staged = folder / f"staged-{checkpoint.name}"
-            write_selfcheck(export_checkpoint(checkpoint, staged, [load_recipe(name) for name in RECIPES]))
+            export_checkpoint(checkpoint, staged, [load_recipe(name) for name in RECIPES])
             staged.rename(package)
     return package

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import get_vision_window_index
+from transformers.vision_utils import get_vision_window_index
 
 from ...runtime.errors import CheckpointError
 from ...runtime.image import Patches
-from ...runtime.model import Prepared
+from ...runtime.prepare import Prepared
 
 __all__ = ["Reference", "load"]
 
@@ -27,13 +27,14 @@ _IMAGE, _VIDEO = 1, 2  # mm_token_type_ids
 
 def load(folder: Path) -> "Reference":
     """The checkpoint in float32 with eager attention, from local files. Raises CheckpointError for missing tensors."""
-    model, info = AutoModelForImageTextToText.from_pretrained(
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         folder,
         dtype=torch.float32,
         attn_implementation="eager",
         local_files_only=True,
         output_loading_info=True,
     )
+    model, info = loaded
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise CheckpointError(f"{folder}: transformers cannot fill the model: {wrong}; download the checkpoint again")

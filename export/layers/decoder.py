@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ...runtime.errors import CheckpointError
 from .attention import cached_attention, last_positions
 from .linear import Linear
 from .mlp import GatedMLP
@@ -36,9 +37,13 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if sum(self.rope_sections) * 2 != self.head_dim:
-            raise ValueError(f"rope sections {self.rope_sections} must sum to head_dim / 2 = {self.head_dim // 2}")
+            raise CheckpointError(
+                f"config.json: rope sections {self.rope_sections} must sum to half of the head size {self.head_dim}"
+            )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value heads")
+            raise CheckpointError(
+                f"config.json: {self.num_heads} attention heads cannot share {self.num_kv_heads} key/value heads"
+            )
 
 
 class Attention(nn.Module):
