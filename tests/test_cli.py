@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -163,10 +163,19 @@ def test_progress_is_a_bar_on_a_terminal_and_leaves_no_trace() -> None:
     assert text.split("\r")[-2].strip() == ""
 
 
-def test_progress_is_at_most_ten_plain_lines_elsewhere() -> None:
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Time for Progress; a test moves it by writing `clock[0]`."""
+    now = [0.0]
+    monkeypatch.setattr("vlmport.cli.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_progress_is_at_most_ten_plain_lines_elsewhere(clock: list[float]) -> None:
     stream = io.StringIO()
     with Progress("export", stream) as progress:
         for done in range(1001):
+            clock[0] += 1.0
             progress(done, 1000, "decoder")
     lines = stream.getvalue().splitlines()
     assert len(lines) == 10
@@ -174,13 +183,19 @@ def test_progress_is_at_most_ten_plain_lines_elsewhere() -> None:
     assert "\r" not in stream.getvalue()
 
 
-def test_progress_starts_again_with_each_part() -> None:
+def test_progress_of_short_parts_is_a_line_each(clock: list[float]) -> None:
     stream = io.StringIO()
     with Progress("export", stream) as progress:
+        progress(0, 0, "tracing decoder")
+        progress(0, 0, "tracing decoder")
+        clock[0] += 2.0
         for part in ("a", "b"):
-            for done in range(3):
-                progress(done, 2, part)
-    assert [line.split()[-1] for line in stream.getvalue().splitlines()] == ["a", "a", "b", "b"]
+            for done in range(101):
+                progress(done, 100, part)
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert lines[0] == ["export", "tracing", "decoder"]
+    assert [line[1] + line[-1] for line in lines if line[1] == "100%"] == ["100%a", "100%b"]
+    assert len(lines) <= 4
 
 
 @given(st.integers(0, 10**12), st.integers(0, 10**12))
