@@ -132,15 +132,16 @@ def load_recipe(name: str, *, block_size: int | None = None, method: str | None 
     """A builtin recipe by name, or one from a JSON file `{"name": ..., "rules": [{"match": ..., "format": {...}}]}`.
 
     `block_size` makes a variation of a builtin one: "int4" with 128 is "int4_b128", whose 8-bit parts stay as in "int4"
-    so that the two share files. `method` says how codes are found. Raises RecipeError with the file, field and fix.
+    so that the two share files; fp32 and fp16 have no blocks and stay what they are. `method` says how codes are found.
+    Raises RecipeError with the file, the field and the fix.
     """
     if method is not None and method not in METHODS:
         raise RecipeError(f"method {method!r} is unknown; known methods are {', '.join(METHODS)}")
-    if block_size is not None:
-        if name not in ("int8", "int4"):
-            raise RecipeError(f"block size {block_size} with recipe {name!r}: only int8 and int4 take a block size")
-        if block_size not in _BLOCK_SIZES:
-            raise RecipeError(f"block size {block_size}: use one of {', '.join(map(str, _BLOCK_SIZES))}")
+    if block_size is not None and block_size not in _BLOCK_SIZES:
+        raise RecipeError(f"block size {block_size}: use one of {', '.join(map(str, _BLOCK_SIZES))}")
+    if block_size is not None and name not in BUILTIN_NAMES:
+        raise RecipeError(f"block size {block_size} with recipe {name!r}: its rules say the block sizes; leave it out")
+    if block_size is not None and name.startswith("int"):
         name = _block_name(name, block_size)
     builtin = _builtin_rules(name)
     if builtin is not None:

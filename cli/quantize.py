@@ -1,0 +1,61 @@
+"""Add a variant to a package, from its own float32 weights or from the checkpoint it was made of.
+
+The package is never half-written: interrupted at any moment, it is what it was or has the whole variant.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from ..quant.apply import quantize_package
+from ..quant.recipe import BUILTIN_NAMES, METHODS, Recipe, load_recipe
+from ..runtime.errors import CheckpointError
+from ..runtime.package import Package, file_entry
+from .progress import Progress
+
+__all__ = ["add_arguments", "execute"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="PACKAGE", type=Path, help="folder that `vlmport export` made")
+    parser.add_argument(
+        "--recipe", metavar="R", required=True, help=f"{', '.join(BUILTIN_NAMES)} or a .json file; names the variant"
+    )
+    parser.add_argument("--block-size", metavar="N", type=int, help="weights a scale in int8 and int4 (default: 32)")
+    parser.add_argument("--method", metavar="M", help=f"how codes are found: {', '.join(METHODS)} (default: rtn)")
+    parser.add_argument(
+        "--checkpoint",
+        metavar="CHECKPOINT",
+        type=Path,
+        help="read weights from here, not from the package's fp32 variant",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    recipe = load_recipe(args.recipe, block_size=args.block_size, method=args.method)
+    before = Package.open(args.package)
+    with Progress("quantize") as progress:
+        if args.checkpoint is None:
+            after = quantize_package(args.package, recipe, progress=progress)
+        else:
+            after = _from_checkpoint(before, args.checkpoint, recipe, progress)
+    if recipe.name in before.manifest.variants:
+        print(f"{after.path}: has {recipe.name} already; nothing to do")
+        return 0
+    added = sum(entry.size for name, entry in after.manifest.files.items() if name not in before.manifest.files)
+    print(
+        f"{after.path}: added {recipe.name}, {after.size(recipe.name) / 1e6:.1f} MB "
+        f"of which {added / 1e6:.1f} MB are new, in {time.perf_counter() - started:.1f} s"
+    )
+    return 0
+
+
+def _from_checkpoint(package: Package, checkpoint: Path, recipe: Recipe, progress: Progress) -> Package:
+    from ..export.graphs import float_graphs  # needs torch, which the package's own weights do not
+
+    graphs = float_graphs(checkpoint, package.manifest.target, lambda what: progress(0, 0, what))
+    for file in graphs.checkpoint.files:
+        if package.manifest.source.files.get(file.name) != file_entry(file):
+            raise CheckpointError(f"{file}: is not what {package.path} was made from; give the checkpoint it came from")
+    return quantize_package(package.path, recipe, graphs=graphs.graphs, sources=graphs.sources, progress=progress)

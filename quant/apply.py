@@ -1,0 +1,218 @@
+"""Adds a variant to a package in place. A reader, or a kill at any moment, finds the old manifest or the new one.
+
+New files are built in a hidden folder of the package, renamed to their places and only then named by the manifest,
+which is replaced in one step. What an interrupted run leaves is named by no manifest and is removed by the next run.
+"""
+
+import dataclasses
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from ..runtime.errors import PackageError, RecipeError
+from ..runtime.manifest import ROLES, FileEntry, GraphFile, Manifest, Variant
+from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
+from ..runtime.schema import to_json
+from .recipe import Recipe, file_stem, precision_label
+from .rewrite import restore_float, rewrite
+from .store import Progress, WeightSource, write_graph
+
+__all__ = ["GraphSource", "open_float_graph", "quantize_package"]
+
+_STAGING = ".quantize"
+_OWN_FILE = re.compile(rf"({'|'.join(ROLES)})(_[a-z0-9_.-]+)?\.onnx(_data)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSource:
+    """A WeightSource over the stored initializers of a graph. Rows are read from disk when asked for."""
+
+    tensors: Mapping[str, ir.TensorProtocol]
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in self.tensors[parameter].shape.numpy())
+
+    def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[np.float32]:
+        tensor, shape = self.tensors[parameter], self.shape(parameter)
+        if not isinstance(tensor, ir.ExternalTensor):
+            return tensor.numpy()[start:stop].astype(np.float32)
+        # Read, not mapped: pages of a mapped file count as memory of the process for as long as it is open.
+        values_a_row = int(np.prod(shape[1:], dtype=np.int64))
+        dtype = tensor.dtype.numpy()
+        place = (tensor.offset or 0) + start * values_a_row * dtype.itemsize
+        rows = np.fromfile(tensor.path, dtype, (stop - start) * values_a_row, offset=place)
+        return rows.reshape(stop - start, *shape[1:]).astype(np.float32, copy=False)
+
+
+def quantize_package(
+    path: str | Path,
+    recipe: Recipe,
+    *,
+    graphs: Mapping[str, ir.Model] | None = None,
+    sources: Mapping[str, WeightSource] | None = None,
+    progress: Progress | None = None,
+) -> Package:
+    """Adds the variant `recipe.name` to the package and gives the package as it is then.
+
+    Float graphs and weights come from `graphs` and `sources` by role, or else from a variant of the package that holds
+    the weights as the checkpoint does. Files that another variant has already are shared. Does nothing where the same
+    variant is there already. Raises RecipeError, PackageError, CapacityError.
+    """
+    Package.open(path)  # before anything in the folder is touched
+    with _only_writer(Path(path)):
+        package = Package.open(path)
+        if _is_there(package, recipe):
+            return package
+        _remove_strays(package)
+        staging = package.path / _STAGING
+        staging.mkdir()
+        try:
+            manifest = _build(package, recipe, staging, graphs, sources, progress)
+            _publish(package.path, staging, manifest)
+        finally:
+            shutil.rmtree(staging)
+    return Package.open(path)
+
+
+def open_float_graph(package: Package, role: str) -> tuple[ir.Model, GraphSource]:
+    """The float graph of a role, its weights without values, and the source of these values.
+
+    Raises RecipeError where no variant stores the weights as the checkpoint does, PackageError where files are damaged.
+    """
+    entry = _lossless(package, role)
+    folder = package.path / "onnx"
+    for name in (entry.graph, entry.data):
+        if file_entry(folder / name).sha256 != package.manifest.files[f"onnx/{name}"].sha256:
+            raise PackageError(f"{folder / name}: content differs from its sha256 in {MANIFEST_NAME}; copy it again")
+    try:
+        model = ir.load(folder / entry.graph)  # pyright: ignore[reportUnknownMemberType]
+    except (DecodeError, ValueError) as error:
+        raise PackageError(f"{folder / entry.graph}: not a readable ONNX graph; export the checkpoint again") from error
+    tensors: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            _check_place(folder, entry, name, tensor, package.manifest)
+        if name in entry.formats:
+            assert tensor is not None, name
+            tensors[name], value.const_value = tensor, None
+    lost = sorted(set(entry.formats) - set(tensors))
+    if lost or not tensors:
+        raise PackageError(
+            f"{folder / entry.graph}: weights {lost[:3]} are not in the graph; export the checkpoint again"
+        )
+    restore_float(model)
+    return model, GraphSource(tensors)
+
+
+def _is_there(package: Package, recipe: Recipe) -> bool:
+    variant = package.manifest.variants.get(recipe.name)
+    if variant is not None and variant.recipe != to_json(recipe):
+        raise RecipeError(f"{package.path}: has a variant {recipe.name!r} by other rules; give the recipe another name")
+    return variant is not None
+
+
+def _build(
+    package: Package,
+    recipe: Recipe,
+    staging: Path,
+    graphs: Mapping[str, ir.Model] | None,
+    sources: Mapping[str, WeightSource] | None,
+    progress: Progress | None,
+) -> Manifest:
+    """Writes the files that are not in the package yet into `staging`; gives the manifest with the new variant."""
+    manifest = package.manifest
+    entries: dict[str, GraphFile] = {}
+    files: dict[str, FileEntry] = {}
+    for role in manifest.roles:
+        label = precision_label(recipe, role)
+        shared = [v.graphs[role] for v in manifest.variants.values() if v.graphs[role].precision == label]
+        if shared:
+            entries[role] = shared[0]
+            continue
+        if graphs is not None and sources is not None:
+            model, source = graphs[role].clone(), sources[role]
+        else:
+            model, source = open_float_graph(package, role)
+        stored = rewrite(model, role, recipe)
+        written = write_graph(model, stored, source, staging, file_stem(role, label), progress)
+        entries[role] = written.graph_file(label)
+        files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
+    variant = Variant(recipe.name, to_json(recipe), entries)
+    variants = manifest.variants | {recipe.name: variant}
+    return dataclasses.replace(manifest, variants=variants, files=dict(sorted((manifest.files | files).items())))
+
+
+def _publish(folder: Path, staging: Path, manifest: Manifest) -> None:
+    """Moves the files to their places, then replaces the manifest: the one step that makes them part of the package."""
+    for file in sorted(staging.iterdir()):
+        file.rename(folder / "onnx" / file.name)
+    _sync(folder / "onnx")
+    new = staging / MANIFEST_NAME
+    with new.open("w", encoding="utf-8") as stream:
+        stream.write(manifest_text(manifest))
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(folder / MANIFEST_NAME)
+    _sync(folder)
+
+
+def _lossless(package: Package, role: str) -> GraphFile:
+    dtype = package.manifest.source.dtype
+    kept = ("fp32", "fp16") if dtype == "float16" else ("fp32",)
+    for precision in kept:
+        for variant in package.manifest.variants.values():
+            if variant.graphs[role].precision == precision:
+                return variant.graphs[role]
+    raise RecipeError(
+        f"{package.path}: no variant holds the {dtype} weights of {role} unchanged; give --checkpoint, "
+        f"or export the checkpoint again with recipe {kept[0]} among the others"
+    )
+
+
+def _check_place(folder: Path, entry: GraphFile, name: str, tensor: ir.ExternalTensor, manifest: Manifest) -> None:
+    """A graph may point at its own data file and nowhere else."""
+    end = (tensor.offset or 0) + tensor.nbytes
+    location = Path(tensor.location)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    if str(location) != entry.data or end > manifest.files[f"onnx/{entry.data}"].size:
+        raise PackageError(f"{folder / entry.graph}: {name} lies outside {entry.data}; export the checkpoint again")
+
+
+def _remove_strays(package: Package) -> None:
+    """Removes what an interrupted run has left: the staging folder, and graph files that no manifest names."""
+    if (package.path / _STAGING).exists():
+        shutil.rmtree(package.path / _STAGING)
+    for file in (package.path / "onnx").iterdir():
+        if _OWN_FILE.fullmatch(file.name) and f"onnx/{file.name}" not in package.manifest.files:
+            file.unlink()
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Generator[None]:
+    """Holds a lock that ends with the process, however it ends."""
+    lock = os.open(folder / "onnx", os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PackageError(f"{folder}: another process is adding a variant; wait until it is done") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
