@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..runtime.errors import PackageError
 from ..runtime.manifest import GraphFile, Source, TensorInfo
-from ..runtime.package import Package
+from ..runtime.package import MANIFEST_NAME, Package, file_entry
 from ..runtime.schema import to_json
 from .table import table
 
@@ -38,7 +39,7 @@ class VariantContents:
 
     size: int
     graphs: dict[str, GraphContents]  # by role
-    parity: str  # outcome of the last validation; "not validated" where there was none
+    parity: str  # outcome of the last validation, or "not validated", or "out of date"
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,12 @@ def execute(args: argparse.Namespace) -> int:
 
 def contents(package: Package) -> Contents:
     """Gathers what the manifest of `package` tells. Reads no graph."""
-    manifest = package.manifest
+    manifest, parity = package.manifest, _last_parity(package)
     variants = {
         name: VariantContents(
             size=package.size(name),
             graphs={role: _graph(package, graph) for role, graph in variant.graphs.items()},
-            parity=_last_parity(package, name),
+            parity=parity.get(name, "not validated"),
         )
         for name, variant in manifest.variants.items()
     }
@@ -105,12 +106,23 @@ def _graph(package: Package, graph: GraphFile) -> GraphContents:
     )
 
 
-def _last_parity(package: Package, variant: str) -> str:
-    """The outcome that the last validation of a variant came to, or why there is none."""
+def _last_parity(package: Package) -> dict[str, str]:
+    """Outcome by variant of the last validation, as far as it was of these very bytes.
+
+    Raises PackageError where parity/report.json is not a report.
+    """
     file = package.path / "parity" / "report.json"
     if not file.is_file():
-        return "not validated"
-    return "not validated"
+        return {}
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+        outcomes = {str(variant["name"]): str(variant["outcome"]) for variant in report["variants"]}
+        mode, of_manifest = str(report["mode"]), str(report["package"]["manifest_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise PackageError(f"{file}: not a report ({error!r}); run `vlmport validate` again") from error
+    if of_manifest != file_entry(package.path / MANIFEST_NAME).sha256:
+        return dict.fromkeys(outcomes, "out of date")
+    return {name: f"{outcome} ({mode})" for name, outcome in outcomes.items()}
 
 
 def render(found: Contents) -> str:
@@ -150,7 +162,7 @@ def _tensors(found: Contents, role: str) -> str:
     for way, tensors in (("in", graph.inputs), ("out", graph.outputs)):
         labels = {name: f"{info.dtype} [{', '.join(info.shape)}]" for name, info in tensors.items()}
         rows += [(f"  {way}", name, label) for name, label in folded(labels)]
-    return table((role, "", ""), rows)
+    return f"{role}\n{table((), rows)}"
 
 
 def _formats(found: Contents, role: str) -> str:
@@ -186,5 +198,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def _size(num_bytes: int) -> str:
-    """Decimal megabytes, as shops and `du --si` count them."""
-    return f"{num_bytes / 1e6:,.1f} MB"
+    """Decimal units, as disks are sold and `du --si` counts."""
+    if num_bytes < 1_000_000:
+        return f"{num_bytes / 1e3:.1f} kB"
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 1_000_000_000 else f"{num_bytes / 1e9:,.2f} GB"
