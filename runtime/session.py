@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError, MissingDependencyError, PackageError
 
-__all__ = ["Array", "GraphSession", "TensorSpec", "open_session", "ort_value"]
+__all__ = ["Array", "GraphSession", "TensorSpec", "open_session", "ort_value", "require_onnxruntime"]
 
 Array = NDArray[Any]
 Device = Literal["cpu", "cuda"]
@@ -25,6 +25,7 @@ _DTYPES = {
     "tensor(uint8)": "uint8",
     "tensor(bool)": "bool",
 }
+_ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0;cpu:0"}
 _ERRORS_ONLY = 3  # ONNX Runtime warns of every initializer that is also an input, as num_logits_to_keep is on purpose
 
 
@@ -48,15 +49,22 @@ class GraphSession:
         self.optional = {item.name: _tensor_spec(item, path) for item in raw.get_overridable_initializers()}
         self.outputs = {item.name: _tensor_spec(item, path) for item in raw.get_outputs()}
 
-    def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None, *, release_memory: bool = False
+    ) -> dict[str, Array]:
         """Runs the graph and returns the named outputs (all by default) as numpy arrays.
 
-        Arrays are cast to the element type that the graph declares. Raises PackageError where the graph wants an input
-        that `feeds` lacks or has no input of a given name, or lacks an output.
+        Arrays are cast to the element type that the graph declares. release_memory: hands working memory back to the
+        system afterwards, for graphs that need much of it now and then (it costs nothing measurable in those). Raises
+        PackageError where the graph wants an input that `feeds` lacks or has no input of a given name, or lacks an
+        output.
         """
         names = list(outputs) if outputs is not None else list(self.outputs)
         self.expect(inputs=feeds, outputs=names)
-        return dict(zip(names, self.raw.run(names, self.cast(feeds)), strict=True))
+        options = importlib.import_module("onnxruntime").RunOptions()
+        if release_memory:
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
+        return dict(zip(names, self.raw.run(names, self.cast(feeds), options), strict=True))
 
     def cast(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The same arrays, contiguous and of the element types that the graph declares."""
@@ -84,7 +92,7 @@ def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None 
     """
     if num_threads is not None and num_threads < 1:
         raise InputError(f"num_threads: {num_threads} is not at least 1; leave it out for one thread a core")
-    ort = _onnxruntime(target)
+    ort = require_onnxruntime(target)
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
@@ -107,7 +115,8 @@ def ort_value(array: Array, device: Device = "cpu") -> Any:
     return importlib.import_module("onnxruntime").OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
-def _onnxruntime(target: Device) -> Any:
+def require_onnxruntime(target: Device = "cpu") -> Any:
+    """The onnxruntime module. Raises MissingDependencyError naming the extra where it is absent or lacks CUDA."""
     extra = "gpu" if target == "cuda" else "cpu"
     try:
         ort = importlib.import_module("onnxruntime")

@@ -43,7 +43,7 @@ def upstream_probabilities(logits: np.ndarray, seen: list[int], params: Sampling
     seed=st.integers(0, 10**6),
     temperature=st.sampled_from([0.05, 0.7, 1.0, 3.0]),
     top_k=st.integers(0, SIZE + 5),
-    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    top_p=st.sampled_from([0.0, 0.05, 0.5, 0.9, 1.0]),
     min_p=st.sampled_from([0.0, 0.05, 0.4, 1.0]),
     penalty=st.sampled_from([1.0, 1.05, 1.9, 0.8]),
 )
