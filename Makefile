@@ -18,7 +18,7 @@ STAMP      := $(VENV)/.installed
 PIP        := $(BIN)/python -m pip --disable-pip-version-check -qq install
 VLMPORT    := $(BIN)/vlmport
 
-.PHONY: help export validate bench test test-slow test-gpu coverage lint format clean
+.PHONY: help export validate bench test test-slow test-gpu coverage lint readme format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
@@ -67,6 +67,9 @@ lint: $(STAMP) ## ruff, basedpyright, and the ladder of imports
 	$(BIN)/ruff format --quiet --check .
 	$(BIN)/basedpyright --level error
 	$(BIN)/python tests/layering.py
+
+readme: $(STAMP) ## write the file tree of README.md anew
+	$(BIN)/python tests/readme_tree.py
 
 format: $(STAMP) ## let ruff mend what it can
 	$(BIN)/ruff check --quiet --fix .
