@@ -29,7 +29,9 @@ def parameter(name: str, shape: tuple[int, ...], dtype: ir.DataType = F32) -> ir
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
-def _node(op: str, inputs: list, name: str, shape: tuple, dtype: ir.DataType, domain: str = "", **attributes) -> ir.Node:
+def _node(
+    op: str, inputs: list, name: str, shape: tuple, dtype: ir.DataType, domain: str = "", **attributes
+) -> ir.Node:
     node = ir.node(op, inputs, attributes, domain=domain, name=f"{name}_node")
     node.outputs[0].name, node.outputs[0].shape = name, ir.Shape(shape)
     node.outputs[0].type = ir.TensorType(dtype)
