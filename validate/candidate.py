@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from ..runtime.image import Patches
 from ..runtime.manifest import VisionSpec
-from ..runtime.model import Model, Prepared
+from ..runtime.model import Model
+from ..runtime.prepare import Prepared
 from ..runtime.vision_inputs import vision_inputs
 from .stages import Stages
 
-__all__ = ["Key", "candidate_stages", "modality_of"]
+__all__ = ["Key", "candidate_stages"]
 
 Array = NDArray[Any]
 Key = tuple[str, str | None, int | None]
@@ -38,26 +39,19 @@ def candidate_stages(model: Model, prepared: Prepared, stages: Stages) -> dict[K
         found[f"past_value.{layer}", None, None] = values
     if stages.vision is None or stages.features is None:
         return found
-    visuals = list(prepared.visuals)
-    sizes = [len(patches.pixel_values) for patches in visuals]
-    vision = _split(stages.vision, sizes)
-    features = _split(stages.features, sizes)
+    vision = _split(stages.vision, [len(patches.pixel_values) for patches in prepared.visuals])
+    features = _split(stages.features, [run.length for run in prepared.runs])
     for modality in (None, "image", "video"):
-        picked = [i for i, patches in enumerate(visuals) if modality in (None, modality_of(patches))]
+        picked = [i for i, run in enumerate(prepared.runs) if modality in (None, run.kind)]
         if picked:
             found |= _visual_stages(
                 model.manifest.vision,
                 modality,
-                [visuals[i] for i in picked],
+                [prepared.visuals[i] for i in picked],
                 [vision[i] for i in picked],
                 [features[i] for i in picked],
             )
     return found
-
-
-def modality_of(patches: Patches) -> str:
-    """A clip knows how many seconds one of its grid steps lasts; a still image does not."""
-    return "image" if patches.seconds_per_grid is None else "video"
 
 
 def _visual_stages(
@@ -96,9 +90,7 @@ def _visual_stages(
     return found
 
 
-def _split(rows: Array, patches: Sequence[int]) -> list[Array]:
-    """Cuts rows that belong to visuals of so many patches each; rows may be fewer than patches, by one whole factor."""
-    factor = sum(patches) // max(len(rows), 1)
-    ends = np.cumsum([count // factor for count in patches])
-    assert ends[-1] == len(rows), (len(rows), list(patches))
-    return np.split(rows, ends[:-1])
+def _split(rows: Array, sizes: Sequence[int]) -> list[Array]:
+    """Cuts rows into runs of these sizes, which add up to all of them."""
+    assert sum(sizes) == len(rows), (len(rows), list(sizes))
+    return np.split(rows, np.cumsum(sizes)[:-1])

@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 
 from ..runtime.manifest import Variant
 from .gates import GateResult, GateTable, Outcome, column_of, judge, worst
-from .metrics import LogitErrors, TensorErrors, drift_slope, logit_errors, tensor_errors
+from .metrics import LogitErrors, TensorErrors, drift_slope, logit_errors, margins, tensor_errors
 
 __all__ = [
     "Choices",
     "Comparison",
     "NotCompared",
     "StageRow",
+    "compare_generation",
     "compare_ids",
     "compare_logits",
     "compare_tensors",
@@ -119,6 +120,35 @@ def compare_ids(sample: str, stage: str, reference: Array, candidate: Array, kin
         return Comparison(sample, stage, kind, num_values=count, num_different=count, note=note)
     different = int((reference != candidate).sum())
     return Comparison(sample, stage, kind, num_values=reference.size, num_different=different)
+
+
+def compare_generation(
+    sample: str, reference: Sequence[int], candidate: Sequence[int], step_logits: Array | None, tie_margin: float
+) -> Comparison:
+    """Free-running greedy ids. Where they part first decides: a near tie of the reference there, or an error.
+
+    step_logits: the reference's [N, V], None where it has none (then nothing counts as a tie).
+    """
+    length = max(len(reference), len(candidate))
+    differs = [list(reference[i : i + 1]) != list(candidate[i : i + 1]) for i in range(length)]
+    first = differs.index(True) if any(differs) else None
+    tie, note = False, ""
+    if first is not None:
+        note = f"{length - sum(differs)} of {length} ids equal, first other id at step {first}"
+        if step_logits is not None and first < len(step_logits):
+            margin = float(margins(step_logits[first]))
+            tie = margin <= tie_margin
+            note += f", where the reference's margin is {margin:.4f} ({'a near tie' if tie else 'not a tie'})"
+    choices = Choices(np.array([first is None]), np.array([tie]))
+    return Comparison(
+        sample,
+        "generated_ids",
+        "generation",
+        num_values=length,
+        num_different=sum(differs),
+        choices=choices,
+        note=note,
+    )
 
 
 def stage_columns(variant: Variant) -> dict[str, str]:

@@ -15,16 +15,25 @@ from numpy.typing import NDArray
 
 from ..runtime.errors import VlmportError
 from ..runtime.generate import GenerationOptions
-from ..runtime.model import Model, Prepared
+from ..runtime.model import Model
 from ..runtime.positions import VIDEO_RULES
+from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
 from .candidate import Key, candidate_stages
-from .compare import Choices, Comparison, NotCompared, compare_ids, compare_logits, compare_tensors
+from .compare import (
+    Choices,
+    Comparison,
+    NotCompared,
+    compare_generation,
+    compare_ids,
+    compare_logits,
+    compare_tensors,
+)
 from .golden import AlternativeCase, Batch, Case, Generating, Golden, HashEntry, StageEntry, request_messages
 from .metrics import margins
 from .stages import run_stages
 
-__all__ = ["compare_golden", "generation_comparison"]
+__all__ = ["compare_golden"]
 
 Array = NDArray[Any]
 Record = Comparison | NotCompared
@@ -92,35 +101,6 @@ def compare_golden(
     return records
 
 
-def generation_comparison(
-    sample: str, reference: Sequence[int], candidate: Sequence[int], step_logits: Array | None, tie_margin: float
-) -> Comparison:
-    """Free-running greedy ids. Where they part first decides: a near tie of the reference there, or an error.
-
-    step_logits: the reference's [N, V], None where it has none (then nothing counts as a tie).
-    """
-    length = max(len(reference), len(candidate))
-    differs = [list(reference[i : i + 1]) != list(candidate[i : i + 1]) for i in range(length)]
-    first = differs.index(True) if any(differs) else None
-    tie, note = False, ""
-    if first is not None:
-        note = f"{length - sum(differs)} of {length} ids equal, first other id at step {first}"
-        if step_logits is not None and first < len(step_logits):
-            margin = float(margins(step_logits[first]))
-            tie = margin <= tie_margin
-            note += f", where the reference's margin is {margin:.4f} ({'a near tie' if tie else 'not a tie'})"
-    choices = Choices(np.array([first is None]), np.array([tie]))
-    return Comparison(
-        sample,
-        "generated_ids",
-        "generation",
-        num_values=length,
-        num_different=sum(differs),
-        choices=choices,
-        note=note,
-    )
-
-
 def _run(
     golden: Golden,
     case: Case,
@@ -150,7 +130,7 @@ def _run(
 def _generate(model: Model, prepared: Prepared, setting: Generating) -> tuple[int, ...]:
     sampling = SamplingParams(temperature=0.0, repetition_penalty=setting.repetition_penalty)
     options = GenerationOptions(setting.max_new_tokens, sampling, ignore_eos=setting.ignore_eos)
-    return model.generate_prepared(prepared, options).token_ids
+    return model.stream_prepared(prepared, options).finish().token_ids
 
 
 def _compare_case(golden: Golden, name: str, case: Case, run: _Run, tie_margin: float) -> list[Record]:
@@ -175,7 +155,7 @@ def _compare_generation(
         return []
     whole = [golden.tensors[e.tensor] for e in entries if e.stage == "step_logits" and e.part is None]
     logits = whole[0] if whole and case.generation.repetition_penalty == 1.0 else None
-    return [generation_comparison(name, case.generated_ids, run.generated_ids, logits, tie_margin)]
+    return [compare_generation(name, case.generated_ids, run.generated_ids, logits, tie_margin)]
 
 
 def _compare_alternative(
@@ -215,7 +195,7 @@ def _compare_batch(
             elif entry.stage not in (_IDS, "extra.input_ids"):
                 records.append(_compare_entry(sample, entry, array, run.stages))
         ids_row = batch.generated_ids[row]
-        records.append(generation_comparison(sample, ids_row, run.generated_ids, step_logits, tie_margin))
+        records.append(compare_generation(sample, ids_row, run.generated_ids, step_logits, tie_margin))
     return records
 
 

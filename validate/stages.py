@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..runtime.model import Model, Prepared
+from ..runtime.model import Model
+from ..runtime.prepare import Prepared
 
-__all__ = ["Stages", "greedy_ids", "run_stages"]
+__all__ = ["Stages", "logits_without_cache", "run_stages"]
 
 Array = NDArray[Any]
 
@@ -54,9 +55,18 @@ def run_stages(model: Model, prepared: Prepared, forced_ids: Sequence[int] = ())
     )
 
 
-def greedy_ids(logits_NV: Array) -> Array:
-    """Largest logit a row, the first of equals: what greedy decoding picks. int64 [N]."""
-    return logits_NV.argmax(axis=-1).astype(np.int64)
+def logits_without_cache(model: Model, prepared: Prepared, embeds: Array, forced_ids: Sequence[int]) -> Array:
+    """What `run_stages` gives as step_logits [1 + N, V], by one prefill of prompt (`embeds` [S, D]) and answer."""
+    length, count = len(prepared.input_ids), len(forced_ids)
+    positions = prepared.position_ids
+    if count:
+        answer = np.array([forced_ids], dtype=np.int64)
+        more = model.session("embed_tokens").run({"input_ids": answer}, ["inputs_embeds"])["inputs_embeds"][0]
+        embeds = np.concatenate([embeds, more.astype(np.float32)])
+        steps = np.arange(length, length + count) + prepared.rope_delta
+        positions = np.concatenate([positions, np.broadcast_to(steps, (*positions.shape[:-1], count))], axis=-1)
+    logits = model.prefill(embeds, positions, model.new_cache(length + count + 1), all_logits=True)
+    return logits[length - 1 :]
 
 
 def _float32(array: Array) -> Array:

@@ -1,0 +1,178 @@
+"""`vlmport validate`: how far a package is from its reference, stage by stage, by the gates.
+
+Against the checkpoint in PyTorch (--reference), on built-in samples or a task folder, or against golden folders
+(--golden). Prints a table, writes report.json and report.md, exits with 1 when a gate fails or nothing was compared.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..runtime.errors import InputError
+from ..runtime.package import Package
+from ..validate.compare import StageRow
+from ..validate.gates import DEFAULT_GATES, load_gates
+from ..validate.report import Report, VariantReport, report_json, write_report
+from .progress import Progress
+from .table import table
+
+__all__ = ["add_arguments", "execute", "render"]
+
+_FOLDER = Path("build", "report")
+_NUM_NOTES = 12  # notes printed a variant; the report has all
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("package", metavar="PACKAGE", help="folder that `vlmport export` made")
+    against = parser.add_mutually_exclusive_group(required=True)
+    against.add_argument("--reference", metavar="CHECKPOINT", type=Path, help="checkpoint to run in PyTorch")
+    against.add_argument("--golden", metavar="DIR", type=Path, help="golden folder, or a folder of golden folders")
+    parser.add_argument("--variant", metavar="V", nargs="+", action="extend", help="variants (default: all)")
+    parser.add_argument("--task", metavar="DIR", type=Path, help="with --reference: task folder, for exact match")
+    parser.add_argument("--report", metavar="DIR", type=Path, default=_FOLDER, help=f"default: {_FOLDER}")
+    parser.add_argument("--gates", metavar="FILE", type=Path, help="JSON that replaces limits of the built-in table")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def execute(args: argparse.Namespace) -> int:
+    package = Package.open(args.package)
+    variants = tuple(dict.fromkeys(args.variant or package.manifest.variants))
+    for name in variants:
+        package.variant(name)
+    if args.task is not None and args.reference is None:
+        raise InputError("--task: answers are compared with those of a reference; add --reference CHECKPOINT")
+    gates = DEFAULT_GATES if args.gates is None else load_gates(args.gates)
+    with Progress("validate") as progress:
+        if args.golden is not None:
+            report = _golden(package, args.golden, variants, gates, progress)
+        else:
+            report = _reference(package, args.reference, args.task, variants, gates, progress)
+    if report is None:
+        print(f"FAIL: no golden folder in {args.golden} belongs to the checkpoint that {package.path} was made from")
+        return 1
+    file = write_report(report, args.report)
+    if args.json:
+        print(json.dumps(report_json(report), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        print(render(report))
+        print(f"\n{report.outcome}: report in {file} and {file.with_suffix('.md')}")
+    return 1 if report.outcome == "FAIL" else 0
+
+
+def render(report: Report) -> str:
+    """The report as text: a table with a row a stage for each variant, what went wrong, what was not compared."""
+    parts = [_render_variant(variant) for variant in report.variants]
+    if any(variant.task is not None for variant in report.variants):
+        parts.append(_render_task(report.variants))
+    return "\n\n".join(parts)
+
+
+def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, progress: Progress) -> Report | None:
+    """None where none of several golden folders is of this package's checkpoint."""
+    from ..validate.golden import find_goldens, load_golden  # needs safetensors, which the runtime does not
+    from ..validate.run import made_from, validate_golden
+
+    folders = find_goldens(root)
+    if len(folders) > 1:
+        folders = tuple(folder for folder in folders if made_from(package, folder))
+    if not folders:
+        return None
+    return validate_golden(package, [load_golden(folder) for folder in folders], variants, gates, progress)
+
+
+def _reference(
+    package: Package, checkpoint: Path, folder: Path | None, variants: Sequence[str], gates: Any, progress: Progress
+) -> Report:
+    from ..validate.reference import load_reference  # needs torch and transformers
+    from ..validate.run import validate_reference
+    from ..validate.samples import built_in_samples
+    from ..validate.tasks import load_task, task_samples
+
+    task = None if folder is None else load_task(folder)
+    if task is None or folder is None:
+        samples = built_in_samples(package.manifest)
+    else:
+        samples = task_samples(task, folder)
+    reference = load_reference(checkpoint)
+    return validate_reference(package, checkpoint, reference, samples, task, variants, gates, progress)
+
+
+def _render_variant(variant: VariantReport) -> str:
+    header = ["stage", "samples", "max abs", "min cosine", "mean KL", "same", "outcome", "worst", "broken limits"]
+    rows = [_render_row(row) for row in variant.rows]
+    lines = [f"{variant.name}: {variant.outcome}", table(header, rows, "<>>>>><")]
+    notes = [note for row in variant.rows for note in row.notes]
+    lines += [f"  {note}" for note in notes[:_NUM_NOTES]]
+    if len(notes) > _NUM_NOTES:
+        lines.append(f"  ... and {len(notes) - _NUM_NOTES} more notes in the report")
+    missing: dict[tuple[str, str], list[str]] = {}
+    for record in variant.not_compared:
+        missing.setdefault((record.stage, record.reason), []).append(record.sample)
+    for (stage, reason), samples in missing.items():
+        lines.append(f"  not compared: {stage} ({reason}): {', '.join(dict.fromkeys(samples))}")
+    return "\n".join(lines)
+
+
+def _render_row(row: StageRow) -> list[str]:
+    values = row.values
+    same = values.get("same_top1", values.get("match"))
+    if same is None and "num_values" in values:
+        same = 1 - values["num_different"] / values["num_values"]
+    broken = [
+        f"{gate.metric} {gate.value if gate.value is None else format(gate.value, '.3g')} for {gate.limit:g}"
+        for gate in row.gates
+        if gate.outcome != "PASS"
+    ]
+    return [
+        row.stage,
+        str(row.num_samples),
+        _format(values.get("max_abs"), ".2e"),
+        _format(values.get("cosine_min"), ".7f"),
+        _format(values.get("kl_mean"), ".2e"),
+        _format(same, ".1%"),
+        row.outcome or "reported",
+        row.worst_sample if row.outcome not in ("PASS", None) else "",
+        "; ".join(broken),
+    ]
+
+
+def _render_task(variants: Sequence[VariantReport]) -> str:
+    header = [
+        "variant",
+        "MB",
+        "exact match",
+        "reference",
+        "lost",
+        "gained",
+        "mean KL",
+        "same top-1",
+        "tokens/s",
+        "gate",
+    ]
+    rows: list[list[str]] = []
+    for variant in variants:
+        task = variant.task
+        if task is None:
+            continue
+        values = next((row.values for row in variant.rows if row.stage == "answer_logits"), {})
+        rows.append(
+            [
+                variant.name,
+                f"{variant.size / 1e6:.2f}",
+                f"{task.exact_match:.1%}",
+                f"{task.reference_exact_match:.1%}",
+                str(task.num_lost),
+                str(task.num_gained),
+                _format(values.get("kl_mean"), ".2e"),
+                _format(values.get("same_top1"), ".2%"),
+                f"{task.tokens_per_second:.0f}",
+                variant.outcome,
+            ]
+        )
+    return table(header, rows, "<>>>>>>>>")
+
+
+def _format(value: float | None, spec: str) -> str:
+    return "" if value is None else format(value, spec)

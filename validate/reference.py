@@ -1,0 +1,185 @@
+"""The reference: the checkpoint in PyTorch, run once over all samples; then each variant against what it computed.
+
+The reference's arrays wait on disk (one .npz a sample), so that neither it nor the other variants need to be in memory
+while a variant runs. Its pixels come from its own image processor; everything behind them is fed what the runtime
+prepared, so that each stage is compared on equal inputs of the stage before.
+"""
+
+import importlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..runtime.errors import CheckpointError
+from ..runtime.generate import GenerationOptions
+from ..runtime.image import Patches, load_image
+from ..runtime.model import Model
+from ..runtime.prepare import Prepared
+from ..runtime.sample import SamplingParams
+from .compare import Comparison, NotCompared, compare_generation, compare_ids, compare_logits, compare_tensors
+from .samples import Sample
+from .stages import logits_without_cache, run_stages
+
+__all__ = ["ReferenceModel", "ReferenceRun", "compare_sample", "load_reference", "run_reference"]
+
+Array = NDArray[Any]
+Progress = Callable[[int, int, str], None]
+
+
+class ReferenceModel(Protocol):
+    """One checkpoint of any family in PyTorch, float32. Families give it by `load(folder)`."""
+
+    video_rule: str | None  # the rule of runtime.positions that it follows; None where there is only one
+
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Array, Array]:
+        """Its own image processor: pixel_values [P, patch_dim], grids [n, 3]."""
+        ...
+
+    def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
+        """Vision encoder [P, C] in natural patch order, and the rows that replace placeholders [R, D]."""
+        ...
+
+    def prefill(self, prepared: Prepared) -> tuple[Array, Array, Array]:
+        """Starts a prompt: logits [S, V], inputs_embeds [S, D], position_ids as the runtime shapes them."""
+        ...
+
+    def step(self, token_id: int) -> Array:
+        """Logits [V] after one more token, through the cache."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReferenceRun:
+    """What the reference made of one sample. The arrays are in `file`."""
+
+    sample: Sample
+    generated_ids: tuple[int, ...]
+    file: Path
+
+    def arrays(self) -> dict[str, Array]:
+        """By stage: step_logits [N, V]; with details also pixels, vision, projector, prefill_logits and so on."""
+        with np.load(self.file, allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files}
+
+
+def load_reference(checkpoint: Path) -> ReferenceModel:
+    """The checkpoint by the adapter that its family names. Raises CheckpointError."""
+    from ..export.family import family_of  # torch is needed from here on, and only by this command
+
+    file = checkpoint / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; --reference takes the folder of a checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not JSON: {error}") from error
+    family = family_of(config, file)
+    if family.reference is None:
+        raise CheckpointError(f"{checkpoint}: family {family.name} has no reference; compare with --golden instead")
+    package = importlib.import_module("..export.families", __package__)
+    adapter = importlib.import_module(f"{package.__name__}.{family.reference}")
+    reference: ReferenceModel = adapter.load(checkpoint)
+    return reference
+
+
+def run_reference(
+    reference: ReferenceModel,
+    model: Model,
+    samples: Sequence[Sample],
+    num_detailed: int,
+    folder: Path,
+    progress: Progress,
+) -> list[ReferenceRun]:
+    """Runs every sample through the reference; `model` only prepares the prompts. Arrays go to `folder`.
+
+    The first `num_detailed` samples keep all stages, the others the logits of their answers.
+    """
+    eos = model.manifest.generation.eos_token_ids if model.manifest.generation is not None else ()
+    runs: list[ReferenceRun] = []
+    for number, sample in enumerate(samples):
+        progress(number, len(samples), f"reference, {sample.id}")
+        prepared = model.prepare(sample.messages)
+        arrays: dict[str, Array] = {}
+        if number < num_detailed and prepared.visuals:
+            arrays["vision"], arrays["projector"] = reference.vision(prepared.visuals)
+        if number < num_detailed and (images := _stills(sample)):
+            arrays["pixel_values"], arrays["image_grid_thw"] = reference.pixels(images)
+        logits, embeds, positions = reference.prefill(prepared)
+        if number < num_detailed:
+            arrays |= {"prefill_logits": logits, "inputs_embeds": embeds, "position_ids": positions}
+        ids, steps = _greedy(reference, logits[-1], sample, eos)
+        file = folder / f"{number}.npz"
+        arrays["step_logits"] = steps
+        np.savez(file, allow_pickle=False, **arrays)
+        runs.append(ReferenceRun(sample, ids, file))
+    progress(len(samples), len(samples), "reference")
+    return runs
+
+
+def compare_sample(model: Model, run: ReferenceRun, tie_margin: float) -> list[Comparison | NotCompared]:
+    """Every stage of one detailed sample, a variant against the reference."""
+    name, arrays = run.sample.id, run.arrays()
+    prepared = model.prepare(run.sample.messages)
+    forced = run.generated_ids[:-1]
+    stages = run_stages(model, prepared, forced)
+    records: list[Comparison | NotCompared] = []
+    records += _compare_pixels(name, prepared, arrays)
+    records.append(compare_ids(name, "position_ids", arrays["position_ids"], prepared.position_ids))
+    if stages.vision is not None and stages.features is not None:
+        records.append(compare_tensors(name, "vision", "vision", arrays["vision"], stages.vision))
+        records.append(compare_tensors(name, "projector", "projector", arrays["projector"], stages.features))
+    records.append(compare_tensors(name, "inputs_embeds", "embeddings", arrays["inputs_embeds"], stages.inputs_embeds))
+    records.append(compare_logits(name, "prefill_logits", "prefill", arrays["prefill_logits"], stages.prefill_logits))
+    records.append(compare_logits(name, "step_logits", "decode", arrays["step_logits"], stages.step_logits))
+    whole = logits_without_cache(model, prepared, stages.inputs_embeds, forced)
+    records.append(compare_logits(name, "cache", "cache", whole, stages.step_logits))
+    options = GenerationOptions(
+        run.sample.max_new_tokens, SamplingParams(temperature=0.0), ignore_eos=run.sample.ignore_eos
+    )
+    ids = model.stream_prepared(prepared, options).finish().token_ids
+    records.append(compare_generation(name, run.generated_ids, ids, arrays["step_logits"], tie_margin))
+    return records
+
+
+def _compare_pixels(name: str, prepared: Prepared, arrays: Mapping[str, Array]) -> list[Comparison | NotCompared]:
+    """The runtime's patches of stills against the reference's own processor."""
+    records: list[Comparison | NotCompared] = []
+    if prepared.images and "pixel_values" in arrays:
+        grids = np.array([patches.grid for patches in prepared.images], dtype=np.int64)
+        pixels = np.concatenate([patches.pixel_values for patches in prepared.images])
+        records.append(compare_ids(name, "image_grid_thw", arrays["image_grid_thw"], grids))
+        records.append(compare_tensors(name, "pixel_values", "pixels", arrays["pixel_values"], pixels))
+    if prepared.videos:
+        records.append(NotCompared(name, "pixel_values of clips", "the reference's video processor needs torchvision"))
+    return records
+
+
+def _greedy(
+    reference: ReferenceModel, logits: Array, sample: Sample, eos: Sequence[int]
+) -> tuple[tuple[int, ...], Array]:
+    """Greedy ids [N] and the logits that chose them [N, V]. An end-of-sequence id is the last one."""
+    ids, steps = [int(logits.argmax())], [logits]
+    while len(ids) < sample.max_new_tokens and (sample.ignore_eos or ids[-1] not in eos):
+        steps.append(reference.step(ids[-1]))
+        ids.append(int(steps[-1].argmax()))
+    return tuple(ids), np.stack(steps)
+
+
+def _stills(sample: Sample) -> list[Image.Image]:
+    """The pictures of a sample in order, when none has options of its own."""
+    parts = [part for message in sample.messages for part in _parts(message)]
+    images = [part for part in parts if part.get("type") == "image"]
+    if any(set(part) != {"type", "image"} for part in images):
+        return []
+    return [load_image(part["image"]) for part in images]
+
+
+def _parts(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    content = message["content"]
+    return [] if isinstance(content, str) else content

@@ -1,0 +1,274 @@
+"""The report of a validation: JSON first, Markdown made from it.
+
+The JSON holds all that was measured, so that another page (attribution, HTML) can be drawn from it alone. Numbers
+that JSON cannot write are the strings "inf", "-inf" and "nan". The copy inside the package is bound to its manifest by
+sha256: a report of other bytes is no evidence.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from ..runtime.package import MANIFEST_NAME, Package, file_entry
+from .compare import Comparison, NotCompared, StageRow
+from .gates import GateTable, Outcome, worst
+
+__all__ = [
+    "REPORT_SCHEMA",
+    "Example",
+    "Report",
+    "TaskScore",
+    "VariantReport",
+    "manifest_sha256",
+    "markdown",
+    "report_json",
+    "versions",
+    "worst_examples",
+    "write_report",
+]
+
+REPORT_SCHEMA = "vlmport-report/1"
+_NUM_EXAMPLES = 10
+_VERSIONED = ("vlmport", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One position where candidate and reference differ most. Steps count from the first answer token."""
+
+    sample: str
+    stage: str
+    position: int
+    kl: float  # nats
+    same_top1: bool
+    reference_margin: float  # nats
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Exact match of whole answers, and what became of the reference's."""
+
+    task: str
+    num_items: int
+    exact_match: float
+    by_kind: Mapping[str, float]
+    reference_exact_match: float
+    recovery: float  # exact_match / reference_exact_match
+    num_lost: int  # the reference was right, the variant is not
+    num_gained: int
+    flips: float  # (lost + gained) / items
+    num_changed: int  # answers that are not the reference's, right or wrong
+    changed: float
+    tokens_per_second: float  # decoding, free-running
+    examples: tuple[Mapping[str, str], ...]  # of changed answers: id, question, expected, reference, answer
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    """One variant against the reference."""
+
+    name: str
+    precisions: Mapping[str, str]  # by role
+    size: int  # bytes of its graphs and weights
+    rows: tuple[StageRow, ...]
+    not_compared: tuple[NotCompared, ...]
+    examples: tuple[Example, ...]
+    seconds: float
+    task: TaskScore | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """The worst of all gates. Nothing judged is a failure: there is no evidence."""
+        return worst(row.outcome for row in self.rows if row.outcome is not None) or "FAIL"
+
+
+@dataclass(frozen=True)
+class Report:
+    mode: Literal["golden", "reference"]
+    reference: Mapping[str, str]  # what the variants were compared with
+    package: Package
+    manifest_sha256: str
+    provider: str
+    versions: Mapping[str, str]
+    samples: tuple[str, ...]
+    gates: GateTable
+    variants: tuple[VariantReport, ...]
+
+    @property
+    def outcome(self) -> Outcome:
+        return worst(variant.outcome for variant in self.variants) or "FAIL"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part, as far as installed, and the machine's."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def worst_examples(records: Iterable[Comparison]) -> tuple[Example, ...]:
+    """The positions of largest divergence over prefill and decode."""
+    found: list[Example] = []
+    for record in records:
+        if record.logits is None:
+            continue
+        errors = record.logits
+        for position in errors.kl.argsort()[::-1][:_NUM_EXAMPLES]:
+            example = Example(
+                sample=record.sample,
+                stage=record.stage,
+                position=int(position),
+                kl=float(errors.kl[position]),
+                same_top1=bool(errors.same[position]),
+                reference_margin=float(errors.margin[position]),
+            )
+            found.append(example)
+    return tuple(sorted(found, key=lambda example: -example.kl)[:_NUM_EXAMPLES])
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """The report as what `json.dumps(allow_nan=False)` takes."""
+    manifest = report.package.manifest
+    document = {
+        "schema": REPORT_SCHEMA,
+        "mode": report.mode,
+        "outcome": report.outcome,
+        "reference": report.reference,
+        "package": {
+            "name": report.package.path.name,
+            "manifest_sha256": report.manifest_sha256,
+            "source": manifest.source.name,
+            "source_files": {name: entry.sha256 for name, entry in manifest.source.files.items()},
+            "target": manifest.target,
+        },
+        "provider": report.provider,
+        "versions": report.versions,
+        "num_samples": len(report.samples),
+        "samples": report.samples,
+        "gates": {"origin": report.gates.origin, "tie_margin": report.gates.tie_margin, "table": report.gates.gates},
+        "variants": [
+            {"outcome": variant.outcome, **{f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}}
+            for variant in report.variants
+        ],
+    }
+    return _plain(document)
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Writes report.json and report.md into `folder` and a copy into the package's parity/; returns the JSON file."""
+    document = report_json(report)
+    for place in (folder, report.package.path / "parity"):
+        place.mkdir(parents=True, exist_ok=True)
+        _replace(place / "report.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        _replace(place / "report.md", markdown(document))
+    return folder / "report.json"
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The report for people, from its JSON alone."""
+    package, reference = document["package"], document["reference"]
+    lines = [
+        f"# Parity of {package['name']}: {document['outcome']}",
+        "",
+        f"Reference: {', '.join(f'{key} {value}' for key, value in reference.items())}. "
+        f"{document['num_samples']} samples. Provider {document['provider']}.",
+        f"Manifest sha256 `{package['manifest_sha256']}`. Gates: {document['gates']['origin']}.",
+        "",
+    ]
+    if any(variant["task"] for variant in document["variants"]):
+        lines += [*_task_table(document["variants"]), ""]
+    for variant in document["variants"]:
+        lines += [*_variant_section(variant), ""]
+    lines += ["## Versions", "", ", ".join(f"{name} {version}" for name, version in document["versions"].items()), ""]
+    return "\n".join(lines)
+
+
+def _task_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [
+        "| variant | size | exact match | reference | lost / gained | mean KL | same top-1 | tokens/s | gate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for variant in variants:
+        task = variant["task"]
+        if task:
+            decode = next((row["values"] for row in variant["rows"] if row["stage"] == "answer_logits"), {})
+            lines.append(
+                f"| {variant['name']} | {variant['size'] / 1e6:.2f} MB | {task['exact_match']:.1%} "
+                f"| {task['reference_exact_match']:.1%} | {task['num_lost']} / {task['num_gained']} "
+                f"| {_number(decode.get('kl_mean'))} | {_number(decode.get('same_top1'))} "
+                f"| {task['tokens_per_second']:.0f} | {variant['outcome']} |"
+            )
+    return lines
+
+
+def _variant_section(variant: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"## {variant['name']}: {variant['outcome']}",
+        "",
+        "| stage | samples | max abs | min cosine | mean KL | same top-1 | limit broken | outcome |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in variant["rows"]:
+        values = row["values"]
+        broken = "; ".join(
+            f"{gate['metric']} {_number(gate['value'])} (limit {_number(gate['limit'])})"
+            for gate in row["gates"]
+            if gate["outcome"] != "PASS"
+        )
+        cells = [_number(values.get(name)) for name in ("max_abs", "cosine_min", "kl_mean", "same_top1")]
+        outcome = row["outcome"] or "reported"
+        lines.append(f"| {row['stage']} | {row['num_samples']} | {' | '.join(cells)} | {broken} | {outcome} |")
+    notes = [note for row in variant["rows"] for note in row["notes"]]
+    lines += ["", *(f"- {note}" for note in notes)]
+    if variant["not_compared"]:
+        reasons: dict[str, set[str]] = {}
+        for record in variant["not_compared"]:
+            reasons.setdefault(f"{record['stage']}: {record['reason']}", set()).add(record["sample"])
+        lines += ["", "Not compared:", "", *(f"- {reason} ({len(found)} samples)" for reason, found in reasons.items())]
+    return lines
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value
+    return str(int(value)) if float(value).is_integer() else f"{value:.3g}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, StageRow):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return _plain({"outcome": value.outcome, **fields})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _replace(file: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = file.with_name(f".{file.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
+
+
+def manifest_sha256(package: Package) -> str:
+    """Binds a report to the package's manifest, which holds the hash of every other file."""
+    return file_entry(package.path / MANIFEST_NAME).sha256

@@ -1,0 +1,179 @@
+"""The two validations, from start to report: against golden folders, and against the checkpoint in PyTorch."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+from ..runtime.model import Model
+from ..runtime.package import Package, file_entry
+from .compare import Comparison, NotCompared, StageRow, stage_columns, stage_rows
+from .gates import GateTable, judge
+from .golden import Golden
+from .golden_compare import compare_golden
+from .reference import ReferenceModel, ReferenceRun, compare_sample, run_reference
+from .report import Report, TaskScore, VariantReport, manifest_sha256, versions, worst_examples
+from .samples import Sample
+from .tasks import Answer, Task, ask, score
+
+__all__ = ["made_from", "validate_golden", "validate_reference"]
+
+Progress = Callable[[int, int, str], None]
+_NUM_DETAILED = 8  # items of a task that are compared at every stage; all are at their answers
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+def validate_golden(
+    package: Package, goldens: Sequence[Golden], variants: Sequence[str], gates: GateTable, progress: Progress
+) -> Report:
+    """Each variant against every case of the golden folders, of which there is at least one."""
+    reports: list[VariantReport] = []
+    for name in variants:
+        started = time.perf_counter()
+        # Golden activations are of unit scale, so float32 is held to absolute limits.
+        columns = {
+            kind: "fp32-unit" if column == "fp32" else column
+            for kind, column in stage_columns(package.variant(name)).items()
+        }
+        records: list[Comparison | NotCompared] = []
+        with ExitStack() as models:
+            loaded: dict[str | None, Model] = {}
+
+            def load(rule: str | None, name: str = name, loaded: dict[str | None, Model] = loaded) -> Model:
+                if rule not in loaded:
+                    loaded[rule] = models.enter_context(Model.load(package.path, name, video_rule=rule))
+                return loaded[rule]
+
+            for golden in goldens:
+                records += compare_golden(golden, load, gates.tie_margin[columns["generation"]], progress)
+        rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
+        reports.append(_variant_report(package, name, records, rows, started))
+    reference = {"golden": ", ".join(golden.path.name for golden in goldens), "upstream": goldens[0].upstream}
+    samples = [f"{golden.path.name}/{case}" for golden in goldens for case in golden.cases]
+    return _report("golden", reference, package, samples, gates, reports)
+
+
+def validate_reference(
+    package: Package,
+    checkpoint: Path,
+    reference: ReferenceModel,
+    samples: Sequence[Sample],
+    task: Task | None,
+    variants: Sequence[str],
+    gates: GateTable,
+    progress: Progress,
+) -> Report:
+    """Each variant against the checkpoint in PyTorch, over the samples (a task's items, if there is a task)."""
+    positions = package.manifest.positions
+    rule = reference.video_rule if positions is not None and positions.video_rule is not None else None
+    reports: list[VariantReport] = []
+    num_detailed = len(samples) if task is None else _NUM_DETAILED
+    with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
+        with Model.load(package.path, variants[0], video_rule=rule) as model:
+            runs = run_reference(reference, model, samples, num_detailed, Path(folder), progress)
+        for name in variants:
+            started = time.perf_counter()
+            columns = stage_columns(package.variant(name))
+            with Model.load(package.path, name, video_rule=rule) as model:
+                records, scored = _run_variant(model, name, runs, num_detailed, task, gates, columns, progress)
+            rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
+            if scored is not None:
+                rows += (_task_row(scored, gates, columns["task"]),)
+            reports.append(_variant_report(package, name, records, rows, started, scored))
+    about = {"checkpoint": checkpoint.name, "positions": rule or "one rule only"}
+    if task is not None:
+        about["task"] = task.name
+    return _report("reference", about, package, [sample.id for sample in samples], gates, reports)
+
+
+def made_from(package: Package, checkpoint: Path) -> bool:
+    """Whether the weight files of a checkpoint folder are those that the package was made from, by sha256."""
+    files = [path for path in sorted(checkpoint.glob("*.safetensors")) if path.name in package.manifest.source.files]
+    return bool(files) and all(file_entry(path) == package.manifest.source.files[path.name] for path in files)
+
+
+def _run_variant(
+    model: Model,
+    name: str,
+    runs: Sequence[ReferenceRun],
+    num_detailed: int,
+    task: Task | None,
+    gates: GateTable,
+    columns: Mapping[str, str],
+    progress: Progress,
+) -> tuple[list[Comparison | NotCompared], TaskScore | None]:
+    records: list[Comparison | NotCompared] = []
+    answers: list[Answer] = []
+    for number, run in enumerate(runs):
+        progress(number, len(runs), f"{name}, {run.sample.id}")
+        if number < num_detailed:
+            records += compare_sample(model, run, gates.tie_margin[columns["generation"]])
+        if task is not None:
+            answer, record = ask(model, task.items[number], run)
+            answers.append(answer)
+            records.append(record)
+    progress(len(runs), len(runs), name)
+    return records, score(task, answers) if task is not None else None
+
+
+def _task_row(scored: TaskScore, gates: GateTable, column: str) -> StageRow:
+    values = {
+        "exact_match": scored.exact_match,
+        "recovery": scored.recovery,
+        "flips": scored.flips,
+        "changed": scored.changed,
+        "num_items": float(scored.num_items),
+    }
+    return StageRow(
+        stage="answers",
+        kind="task",
+        column=column,
+        num_samples=scored.num_items,
+        values=values,
+        worst_sample=scored.examples[0]["id"] if scored.examples else "",
+        gates=judge(gates, column, "task", "answers", values),
+        notes=(),
+    )
+
+
+def _variant_report(
+    package: Package,
+    name: str,
+    records: Sequence[Comparison | NotCompared],
+    rows: tuple[StageRow, ...],
+    started: float,
+    scored: TaskScore | None = None,
+) -> VariantReport:
+    return VariantReport(
+        name=name,
+        precisions={role: graph.precision for role, graph in package.variant(name).graphs.items()},
+        size=package.size(name),
+        rows=rows,
+        not_compared=tuple(record for record in records if isinstance(record, NotCompared)),
+        examples=worst_examples(record for record in records if isinstance(record, Comparison)),
+        seconds=time.perf_counter() - started,
+        task=scored,
+    )
+
+
+def _report(
+    mode: Literal["golden", "reference"],
+    reference: Mapping[str, str],
+    package: Package,
+    samples: Sequence[str],
+    gates: GateTable,
+    reports: Sequence[VariantReport],
+) -> Report:
+    return Report(
+        mode=mode,
+        reference=reference,
+        package=package,
+        manifest_sha256=manifest_sha256(package),
+        provider=_PROVIDERS[package.manifest.target],
+        versions=versions(),
+        samples=tuple(samples),
+        gates=gates,
+        variants=tuple(reports),
+    )

@@ -1,0 +1,221 @@
+"""The self-check of a package: one drawn picture and a question, and what each variant made of them where it was built.
+
+    parity/golden/selfcheck.json      the request, and for each variant the graphs and the arrays that belong together
+    parity/golden/picture.png         what the question is about
+    parity/golden/<variant>.npz       stages of that variant
+
+`verify` runs it on another box with nothing but the runtime. It asks whether this box computes what the box of the
+export did, not whether that was right: parity/report.json is about that. Kernels differ between boxes, so the limits are
+wider than float32 noise for low precisions, where a rounded activation can go the other way.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.errors import PackageError
+from ..runtime.generate import GenerationOptions
+from ..runtime.model import Model
+from ..runtime.package import Package, file_entry
+from ..runtime.sample import SamplingParams
+from ..runtime.schema import SchemaError, from_json, to_json
+from .compare import Comparison, StageRow, compare_ids, compare_logits, compare_tensors, stage_rows
+from .gates import Gate, GateTable
+from .samples import draw_picture
+from .stages import run_stages
+
+__all__ = ["SELFCHECK_GATES", "SELFCHECK_SCHEMA", "check_selfcheck", "write_selfcheck"]
+
+Array = NDArray[Any]
+Progress = Callable[[int, int, str], None]
+SELFCHECK_SCHEMA = "vlmport-selfcheck/1"
+_FILE, _PICTURE = "selfcheck.json", "picture.png"
+_FOLDER = ("parity", "golden")
+_NUM_TOKENS = 8
+_KINDS = {"pixel_values": "pixels", "vision": "vision", "projector": "projector", "inputs_embeds": "embeddings"}
+
+_FLOAT32 = (Gate("num_nonfinite", 0, "never right"), Gate("relative_l2", 1e-3, "other kernels, float32"))
+_LOW = (Gate("num_nonfinite", 0, "never right"), Gate("relative_l2", 0.05, "other kernels, rounded activations"))
+_LOGITS_FLOAT32 = (*_FLOAT32, Gate("same_top1", 1.0, "equal off ties"))
+_LOGITS_LOW = (*_LOW, Gate("kl_mean", 1e-3, "as int8 against its reference"))
+
+
+def _column(tensors: tuple[Gate, ...], logits: tuple[Gate, ...]) -> Mapping[str, tuple[Gate, ...]]:
+    exact = (Gate("num_different", 0, "prompts, grids and positions are integer work"),)
+    pixels = (Gate("max_abs", 0.0, "Pillow and numpy: the same to the bit"),)
+    towers = dict.fromkeys(("vision", "projector", "embeddings"), tensors)
+    return {"exact": exact, "pixels": pixels, **towers, "decode": logits}
+
+
+# The same box or another: not a measure of fidelity, so it has a table of its own with the columns that matter here.
+SELFCHECK_GATES = GateTable(
+    gates={
+        "fp32": _column(_FLOAT32, _LOGITS_FLOAT32),
+        "int8": _column(_LOW, _LOGITS_LOW),
+    },
+    tie_margin={"fp32": 8e-3, "int8": 0.09},
+    origin="self-check",
+)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A variant's part: the arrays, and the graphs that made them by sha256."""
+
+    arrays: str  # file name
+    sha256: str  # of that file
+    graphs: dict[str, str]  # file in onnx/ -> sha256
+    forced_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Document:
+    schema: str
+    messages: tuple[dict[str, Any], ...]
+    picture_sha256: str | None
+    variants: dict[str, _Stored] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.schema != SELFCHECK_SCHEMA:
+            raise ValueError(f"schema {self.schema!r} is not {SELFCHECK_SCHEMA!r}")
+
+
+def write_selfcheck(path: Path, progress: Progress | None = None) -> None:
+    """Runs every variant of a package once and keeps what it computed. Replaces an older self-check whole."""
+    package = Package.open(path)
+    folder = path.joinpath(*_FOLDER)
+    fresh = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    content: list[dict[str, Any]] = [{"type": "text", "text": "Describe the picture."}]
+    picture = package.manifest.image is not None
+    if picture:
+        draw_picture(20, 112, 84).save(fresh / _PICTURE)
+        content.insert(0, {"type": "image", "image": _PICTURE})
+    messages = ({"role": "user", "content": content},)
+    variants: dict[str, _Stored] = {}
+    for number, name in enumerate(package.manifest.variants):
+        if progress is not None:
+            progress(number, len(package.manifest.variants), f"self-check, {name}")
+        arrays, ids = _compute(package, name, messages, fresh, None)
+        np.savez(fresh / f"{name}.npz", allow_pickle=False, **arrays)
+        sha256 = file_entry(fresh / f"{name}.npz").sha256
+        variants[name] = _Stored(f"{name}.npz", sha256, _graphs(package, name), ids)
+    picture_sha256 = file_entry(fresh / _PICTURE).sha256 if picture else None
+    document = _Document(SELFCHECK_SCHEMA, messages, picture_sha256, variants)
+    (fresh / _FILE).write_text(json.dumps(to_json(document), indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(fresh, folder)
+    if progress is not None:
+        progress(1, 1, "self-check")
+
+
+def check_selfcheck(
+    package: Package, variant: str | None = None, progress: Progress | None = None
+) -> dict[str, tuple[StageRow, ...]]:
+    """Runs the self-check on this box: rows by variant (all of them, or the one named).
+
+    Raises PackageError when there is none, or when it belongs to other bytes than the package's.
+    """
+    folder = package.path.joinpath(*_FOLDER)
+    document = _read(folder)
+    names = list(package.manifest.variants) if variant is None else [package.variant(variant).name]
+    results: dict[str, tuple[StageRow, ...]] = {}
+    for number, name in enumerate(names):
+        if progress is not None:
+            progress(number, len(names), f"self-check, {name}")
+        results[name] = _check_variant(package, name, folder, document)
+    if progress is not None:
+        progress(1, 1, "self-check")
+    return results
+
+
+def _check_variant(package: Package, name: str, folder: Path, document: _Document) -> tuple[StageRow, ...]:
+    stored = document.variants.get(name)
+    if stored is None or stored.graphs != _graphs(package, name):
+        raise PackageError(f"{folder / _FILE}: says nothing of variant {name!r} as it is now; {_AGAIN}")
+    if Path(stored.arrays).name != stored.arrays or not (folder / stored.arrays).is_file():
+        raise PackageError(f"{folder / stored.arrays}: missing; {_AGAIN}")
+    if file_entry(folder / stored.arrays).sha256 != stored.sha256:
+        raise PackageError(
+            f"{folder / stored.arrays}: content differs from its sha256 in {_FILE}; copy the package again"
+        )
+    try:
+        with np.load(folder / stored.arrays, allow_pickle=False) as file:
+            expected = {key: file[key] for key in file.files}
+    except (ValueError, BadZipFile) as error:
+        raise PackageError(f"{folder / stored.arrays}: not an .npz file of plain arrays: {error}") from error
+    found, _ = _compute(package, name, document.messages, folder, stored.forced_ids)
+    records = [_compare(name, stage, array, found.get(stage, np.zeros(0))) for stage, array in expected.items()]
+    low = any(not graph.precision.startswith("fp32") for graph in package.variant(name).graphs.values())
+    columns = dict.fromkeys(("exact", *_KINDS.values(), "decode"), "int8" if low else "fp32")
+    return stage_rows(records, SELFCHECK_GATES, columns)
+
+
+def _compute(
+    package: Package,
+    name: str,
+    messages: tuple[dict[str, Any], ...],
+    folder: Path,
+    forced_ids: tuple[int, ...] | None,
+) -> tuple[dict[str, Array], tuple[int, ...]]:
+    """Stages of one variant, and the greedy ids of this run (or the given ones)."""
+    with Model.load(package.path, name) as model:
+        prepared = model.prepare(messages, folder=folder)
+        ids = forced_ids
+        if ids is None:
+            options = GenerationOptions(_NUM_TOKENS, SamplingParams(temperature=0.0), ignore_eos=True)
+            ids = model.stream_prepared(prepared, options).finish().token_ids
+        stages = run_stages(model, prepared, ids)
+    arrays = {
+        "input_ids": prepared.input_ids,
+        "position_ids": prepared.position_ids,
+        "inputs_embeds": stages.inputs_embeds,
+        "step_logits": stages.step_logits,
+    }
+    if stages.vision is not None and stages.features is not None:
+        arrays["pixel_values"] = np.concatenate([patches.pixel_values for patches in prepared.visuals])
+        arrays |= {"vision": stages.vision, "projector": stages.features}
+    return arrays, ids
+
+
+def _compare(name: str, stage: str, expected: Array, found: Array) -> Comparison:
+    if np.issubdtype(expected.dtype, np.integer):
+        return compare_ids(name, stage, expected, found)
+    if stage == "step_logits":
+        return compare_logits(name, stage, "decode", expected, found)
+    return compare_tensors(name, stage, _KINDS[stage], expected, found)
+
+
+def _graphs(package: Package, name: str) -> dict[str, str]:
+    graphs = package.variant(name).graphs.values()
+    files = sorted({file for graph in graphs for file in (graph.graph, graph.data)})
+    return {file: package.manifest.files[f"onnx/{file}"].sha256 for file in files}
+
+
+_AGAIN = "write it again with `vlmport export` or `vlmport quantize`"
+
+
+def _read(folder: Path) -> _Document:
+    file = folder / _FILE
+    if not file.is_file():
+        raise PackageError(f"{file}: missing, so there is nothing to check this box with; {_AGAIN}")
+    try:
+        document = from_json(_Document, json.loads(file.read_text(encoding="utf-8")))
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PackageError(f"{file}: {error}") from error
+    picture = folder / _PICTURE
+    if document.picture_sha256 is not None:
+        if not picture.is_file():
+            raise PackageError(f"{picture}: missing; copy the package again")
+        if file_entry(picture).sha256 != document.picture_sha256:
+            raise PackageError(f"{picture}: content differs from its sha256 in {_FILE}; copy the package again")
+    return document
