@@ -1,0 +1,188 @@
+"""Trains the demo checkpoint on two CPU cores. Resumes from its state file; writes a Hugging Face checkpoint as it goes.
+
+    python examples/receipts/train.py --work DIR --minutes 95
+"""
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
+
+from batches import NO_TARGET, Batch, into_batches, make_rows, training_batches
+from inputs import normalise
+from model import build_model
+from save import save_checkpoint
+from tokenizer import train_tokenizer
+
+WATCH_SEED = 1000  # held-out receipts to watch the training by; the reported ones are another stream
+WARM_UP_STEPS = 150
+AVERAGE = 0.998
+LOG_EVERY = 25
+PUBLISH_EVERY = 500
+
+
+def answer_logits(model, batch: Batch) -> torch.Tensor:
+    """Logits [answer tokens, vocabulary] where a target is, in row-major order."""
+    hidden = model.model(
+        input_ids=batch.tokens,
+        pixel_values=torch.from_numpy(normalise(batch.patches.numpy())),
+        image_grid_thw=batch.grid,
+        position_ids=batch.positions,
+        attention_mask={"full_attention": batch.mask},
+        use_cache=False,
+    ).last_hidden_state
+    return model.lm_head(hidden[batch.targets != NO_TARGET])
+
+
+def loss_of(model, batch: Batch) -> torch.Tensor:
+    """Weighted mean cross-entropy of the answer tokens."""
+    wanted = batch.targets != NO_TARGET
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = answer_logits(model, batch)
+    losses = cross_entropy(logits.float(), batch.targets[wanted], reduction="none")
+    weights = batch.weights[wanted]
+    return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def exact_by_kind(model, batches: list[Batch]) -> dict[str, float]:
+    """Share of answers all of whose tokens are the greedy choice: what free-running generation would give, float32."""
+    right, asked = defaultdict(int), defaultdict(int)
+    for batch in batches:
+        correct = torch.ones_like(batch.targets, dtype=torch.bool)
+        wanted = batch.targets != NO_TARGET
+        correct[wanted] = answer_logits(model, batch).argmax(-1) == batch.targets[wanted]
+        for number, kinds in enumerate(batch.kinds):
+            for branch, kind in enumerate(kinds, start=1):
+                right[kind] += bool(correct[number][batch.branch[number] == branch].all())
+                asked[kind] += 1
+    return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
+
+
+def make_optimizers(model: torch.nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of blocks and merger, AdamW for the rest: embeddings, patches, norms, biases."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def learning_share(step: int, progress: float) -> float:
+    """Part of the peak learning rate: linear warm-up by steps, then a cosine over the time budget."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def average_over_ranks(model: torch.nn.Module, *numbers: float) -> list[float]:
+    """Replace every gradient by its mean over the ranks; the means of `numbers` come back, the same on each rank."""
+    gradients = [p.grad for p in model.parameters()]
+    flat = torch.cat([torch.tensor(numbers), *(gradient.flatten() for gradient in gradients)])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    parts = flat[len(numbers) :].split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+    return flat[: len(numbers)].tolist()
+
+
+@dataclass
+class Run:
+    """All that a resumed run needs: the model, its optimizers, a running average of the weights and where it stood."""
+
+    model: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    average: dict[str, torch.Tensor]
+    step: int = 0
+    chunk: int = 0
+    seconds: float = 0.0
+
+    def load(self, file: Path) -> None:
+        """Continue after the chunk that the state was written in."""
+        state = torch.load(file)
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.average, self.step = state["average"], state["step"]
+        self.chunk, self.seconds = state["chunk"] + 1, state["seconds"]
+
+    def save(self, file: Path) -> None:
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {"model": self.model.state_dict(), "optimizers": optimizers, "average": self.average}
+        torch.save(state | {"step": self.step, "chunk": self.chunk, "seconds": self.seconds}, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
+
+
+def publish(run: Run, tokenizer: Tokenizer, watch: list[Batch], folder: Path) -> None:
+    """Write a checkpoint of the averaged weights, then print how much they read of unseen receipts."""
+    own = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.model.load_state_dict(run.average, strict=False)
+    save_checkpoint(run.model, tokenizer, folder)
+    shares = exact_by_kind(run.model, watch)
+    run.model.load_state_dict(own, strict=False)
+    print("  held-out " + " ".join(f"{kind} {share:.3f}" for kind, share in shares.items()), flush=True)
+
+
+def train(rank: int, args: argparse.Namespace) -> None:
+    """One of `args.ranks` processes, each with one thread and receipts of its own."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    rendezvous = f"file://{(args.work / 'rendezvous').resolve()}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.ranks)
+    tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
+    model = build_model(tokenizer.get_vocab(), args.seed)
+    average = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = Run(model, make_optimizers(model, args.weight_decay), average)
+    if (args.work / "state.pt").exists():
+        run.load(args.work / "state.pt")
+    watch = into_batches(make_rows(tokenizer, "heldout", WATCH_SEED, range(96))) if rank == 0 else []
+
+    begun, progress, losses = time.monotonic() - run.seconds, run.seconds / (60 * args.minutes), []
+    for run.chunk, batch in training_batches(tokenizer, args.seed + rank, run.chunk, args.ramp):
+        loss = loss_of(model, batch)
+        loss.backward()
+        mean_loss, run.seconds = average_over_ranks(model, loss.item(), time.monotonic() - begun)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        progress = run.seconds / (60 * args.minutes)
+        for optimizer in run.optimizers:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * learning_share(run.step, progress)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+        weights = [p.detach() for p in model.parameters()]
+        torch._foreach_lerp_(list(run.average.values()), weights, 1 - min(AVERAGE, run.step / (run.step + 10)))
+        losses.append(mean_loss)
+        if rank == 0 and run.step % LOG_EVERY == 0:
+            mean = sum(losses[-LOG_EVERY:]) / LOG_EVERY
+            print(f"step {run.step} chunk {run.chunk} minutes {run.seconds / 60:.1f} loss {mean:.4f}", flush=True)
+        if rank == 0 and (run.step % PUBLISH_EVERY == 0 or progress >= 1):
+            publish(run, tokenizer, watch, args.work / "checkpoint")
+            run.save(args.work / "state.pt")
+        if progress >= 1:
+            return
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the receipts demo.")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the state, the log and the checkpoint")
+    parser.add_argument("--minutes", type=float, default=95, help="wall time in all, over every resumption")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.01)
+    parser.add_argument("--ramp", type=int, default=24, help="chunks of receipts until the longest has eight items")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=2, help="processes of one thread each")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / "rendezvous").unlink(missing_ok=True)
+    if not (args.work / "tokenizer.json").exists():
+        train_tokenizer().save(str(args.work / "tokenizer.json"))
+    torch.multiprocessing.spawn(train, (args,), nprocs=args.ranks)
+
+
+if __name__ == "__main__":
+    main()
