@@ -21,7 +21,7 @@ CONSTRAINTS = [
 BASE: list[str] = PROJECT["project"]["dependencies"]
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 # What a distribution is imported as, where the names differ.
-IMPORT_NAMES = {"pillow": "PIL", "onnx-ir": "onnx_ir", "onnxruntime-gpu": "onnxruntime"}
+IMPORT_NAMES = {"pillow": "PIL", "onnx-ir": "onnx_ir", "onnxruntime-gpu": "onnxruntime", "protobuf": "google"}
 # What an extra's code may be told to need by the code of a layer: the extras that a layer's users install.
 LAYER_EXTRAS = {
     "runtime": ("cpu", "video"),
