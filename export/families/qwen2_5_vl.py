@@ -35,7 +35,21 @@ from ..layers import (
 )
 from ..roles import decoder_role, embedding_role
 
-__all__ = ["FAMILY", "PatchMerger", "decoder_config", "language_roles", "manifest", "normalise", "unused"]
+__all__ = [
+    "FAMILY",
+    "PatchEmbed",
+    "PatchMerger",
+    "VisionAttention",
+    "decoder_config",
+    "language_roles",
+    "manifest",
+    "manifest_parts",
+    "merger_role",
+    "normalise",
+    "patch_angles",
+    "patch_sizes",
+    "unused",
+]
 
 MODEL_TYPE = "qwen2_5_vl"
 PROTECTED = ("<|image_pad|>", "<|video_pad|>", "<|vision_pad|>", "<|vision_start|>", "<|vision_end|>")
