@@ -27,6 +27,7 @@ from .manifest import ImageSpec
 
 __all__ = [
     "MAX_SOURCE_PIXELS",
+    "RESAMPLE",
     "ImageOptions",
     "ImageSource",
     "Patches",
@@ -41,7 +42,7 @@ __all__ = [
 MAX_SOURCE_PIXELS = 178_956_970  # of an image as stored; the limit at which Pillow itself refuses
 _MAX_FILE_BYTES = 1 << 30  # more than MAX_SOURCE_PIXELS take in any format below
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of Pillow's many; some others start programs
-_RESAMPLE = {
+RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -184,7 +185,7 @@ def preprocess_images(
             f"{name}: {len(frames)} frames of {width}x{height} are over the limit of {MAX_SOURCE_PIXELS} pixels; "
             "lower min_pixels or max_pixels"
         )
-    resample = _RESAMPLE[spec.resample]
+    resample = RESAMPLE[spec.resample]
     pixels_THWC = np.stack([np.asarray(frame.resize((width, height), resample)) for frame in frames])
     return _patchify(pixels_THWC, spec)
 
@@ -209,7 +210,7 @@ def fit(image: Image.Image, spec: ImageSpec, options: ImageOptions, name: str) -
         raise InputError(f"{name}: {error}") from error
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
     """The nearest size whose sides are multiples of `factor` and whose area is within the limits, shape kept.
 
     As transformers' qwen2_vl image processor since 4.50 (earlier ones refuse sides under `factor`), with Python's
