@@ -6,6 +6,8 @@ EXTRAS     ?= cpu,export,video,server,report,demo,dev
 WORKERS    ?= 2
 
 DEMO       := examples/receipts
+TASK       := build/tasks/receipts
+QUESTIONS  ?= 100
 CHECKPOINT ?= $(DEMO)/checkpoint
 PACKAGE    ?= build/packages/$(notdir $(patsubst %/checkpoint,%,$(abspath $(CHECKPOINT))))
 RECIPES    ?= fp32 int8 int4
@@ -23,7 +25,7 @@ VLMPORT    := $(BIN)/vlmport
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
 	@echo
-	@echo 'Variables: CHECKPOINT PACKAGE RECIPES="$(RECIPES)" TARGET=$(TARGET) PYTHON VENV EXTRAS WORKERS'
+	@echo 'Variables: CHECKPOINT PACKAGE RECIPES="$(RECIPES)" TARGET=$(TARGET) QUESTIONS=$(QUESTIONS) PYTHON VENV EXTRAS WORKERS'
 
 # The stamp makes repeats instant. torch goes first and alone, at the version that constraints.txt names.
 $(STAMP): pyproject.toml constraints.txt
@@ -38,7 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 export: $(STAMP) ## checkpoint -> package with RECIPES; the bundled demo is then validated on unseen receipts
 	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) --target $(TARGET) $(OVERWRITE)
 ifeq ($(CHECKPOINT),$(DEMO)/checkpoint)
-	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(DEMO) --report build/report
+	$(BIN)/python $(DEMO)/receipts.py $(TASK) --num $(QUESTIONS)
+	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(TASK) --report build/report
 else
 	@echo 'make: now compare it with its reference: make validate CHECKPOINT=$(CHECKPOINT)'
 endif
