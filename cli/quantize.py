@@ -52,10 +52,11 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _from_checkpoint(package: Package, checkpoint: Path, recipe: Recipe, progress: Progress) -> Package:
-    from ..export.graphs import float_graphs  # needs torch, which the package's own weights do not
+    from ..export.checkpoint import Checkpoint  # these two need torch, which the package's own weights do not
+    from ..export.graphs import float_graphs
 
-    graphs = float_graphs(checkpoint, package.manifest.target, lambda what: progress(0, 0, what))
-    for file in graphs.checkpoint.files:
+    for file in Checkpoint.open(checkpoint).files:
         if package.manifest.source.files.get(file.name) != file_entry(file):
             raise CheckpointError(f"{file}: is not what {package.path} was made from; give the checkpoint it came from")
+    graphs = float_graphs(checkpoint, package.manifest.target, lambda what: progress(0, 0, what))
     return quantize_package(package.path, recipe, graphs=graphs.graphs, sources=graphs.sources, progress=progress)
