@@ -185,10 +185,17 @@ def test_make_export_takes_its_variables() -> None:
 def test_make_export_alone_is_the_demo_with_its_report() -> None:
     export, validate = [line for line in dry_run("export") if "bin/vlmport" in line]
     assert " examples/receipts/checkpoint -o build/packages/receipts " in export
-    assert (
-        " validate build/packages/receipts --reference examples/receipts/checkpoint --task examples/receipts"
-        in validate
-    )
+    assert " --reference examples/receipts/checkpoint --task build/tasks/receipts" in validate
+
+
+def test_too_old_a_python_is_told_before_anything_is_made(tmp_path: Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    command = ["make", "test", "PYTHON=false"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "vlmport needs Python 3.11 or later" in done.stderr
+    assert not (tmp_path / ".venv").exists()
 
 
 @pytest.mark.parametrize("target", ["validate", "bench", "test", "test-slow", "test-gpu", "lint", "help", "clean"])
