@@ -1,7 +1,7 @@
 """Endless training batches: several questions about one image share its prompt, rows of like length share a batch.
 
-A row is `prompt, (question, answer), (question, answer), ...`. Each pair sees the prompt and itself but no other pair, and starts at the
-same position, so for the model it is a conversation with one question: what it will be asked in use.
+A row is `prompt, (question, answer), (question, answer), ...`. Each pair sees the prompt and itself but no other pair,
+and starts at the same position, so for the model it is a conversation with one question: what it will be asked in use.
 
 Dims: R rows, T tokens of the longest row, N patches of all rows.
 """
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
-
 from inputs import Picture, answer_ids, image_positions, preprocess, prompt_ids, question_ids
 from receipts import KINDS, MAX_ITEMS, Receipt, Split, ask, make_receipt
+from tokenizers import Tokenizer
 
 CHUNK = 256  # receipts that are sorted by length together
 TOKENS_PER_BATCH = 4096

@@ -1,6 +1,6 @@
 """Measures a checkpoint on unseen receipts: greedy, free-running generation in PyTorch float32, exact match by kind.
 
-    python examples/receipts/evaluate.py examples/receipts/checkpoint --num 500 --seed 7
+python examples/receipts/evaluate.py examples/receipts/checkpoint --num 500 --seed 7
 """
 
 import argparse
@@ -10,11 +10,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from transformers import Qwen2_5_VLForConditionalGeneration
-
 from inputs import Picture, pixel_values, preprocess, prompt_ids, question_ids
 from receipts import KINDS, MAX_NEW_TOKENS, heldout_example
+from tokenizers import Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 
 def load_model(folder: Path) -> Qwen2_5_VLForConditionalGeneration:
@@ -59,11 +58,12 @@ def main() -> None:
     for kind in KINDS:
         if asked[kind]:
             print(f"{kind:8} {right[kind]:4d} of {asked[kind]:4d}  {right[kind] / asked[kind]:.1%}")
-    print(f"{'all':8} {right.total():4d} of {args.num:4d}  {right.total() / args.num:.1%}  {time.monotonic() - begun:.0f} s")
+    exact, seconds = right.total() / args.num, time.monotonic() - begun
+    print(f"{'all':8} {right.total():4d} of {args.num:4d}  {exact:.1%}  {seconds:.0f} s")
     if args.json:
-        figures = {"num": args.num, "seed": args.seed, "exact": right.total() / args.num}
         by_kind = {kind: right[kind] / asked[kind] for kind in KINDS if asked[kind]}
-        args.json.write_text(json.dumps(figures | {"by_kind": by_kind, "wrong": wrong}, indent=1) + "\n", encoding="utf-8")
+        figures = {"num": args.num, "seed": args.seed, "exact": exact, "by_kind": by_kind, "wrong": wrong}
+        args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

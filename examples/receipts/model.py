@@ -1,14 +1,13 @@
-"""The demo's architecture: Qwen2.5-VL at 2.3 million parameters, and an attention for its vision tower that trains fast on a CPU.
+"""The demo's architecture: Qwen2.5-VL at 2.3 million parameters, with attentions that train fast on a CPU.
 
 Dims: B segments, L longest segment, N patches of all images, H heads, D head size.
 """
 
 import torch
+from tokenizer import VOCAB_SIZE
 from torch import nn
 from torch.nn.functional import linear
 from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-from tokenizer import VOCAB_SIZE
 
 # transformers hands cumulative lengths to an attention only if its name says flash; others are called once a segment.
 PADDED_SEGMENTS = "flash_padded_segments"
@@ -68,7 +67,7 @@ def flat_config(token_ids: dict[str, int]) -> dict:
 
 
 class StillPatchEmbed(nn.Module):
-    """The patch embedding for still images: both halves of the temporal kernel see the same frame, so they are added up first."""
+    """The patch embedding for still images: both halves of the temporal kernel see one frame, so add them."""
 
     def __init__(self, proj: nn.Conv3d) -> None:
         super().__init__()
@@ -92,9 +91,10 @@ def build_model(token_ids: dict[str, int], seed: int) -> Qwen2_5_VLForConditiona
 
 
 def plain_attention(module, query, key, value, attention_mask, scaling, **unused):
-    """Attention as three operations: in bfloat16, forward and backward take half the time of PyTorch's fused kernel on a CPU.
+    """Attention as three operations: in bfloat16 on a CPU it takes half the time of PyTorch's fused kernel, both ways.
 
-    query [B, H, T, D]; key, value [B, K, T, D] with K dividing H; attention_mask bool [B, 1, T or 1, T]; result [B, T, H, D], None.
+    query [B, H, T, D]; key, value [B, K, T, D] with K dividing H; attention_mask bool [B, 1, T or 1, T];
+    result [B, T, H, D] and None.
     """
     B, H, T, D = query.shape
     K = key.shape[1]

@@ -1,10 +1,10 @@
 """Makes synthetic receipt images with questions and exact answers, each a pure function of (split, seed, index).
 
-A receipt has one to eight items with unique names and a printed total, which is the sum of the prices. It is drawn in one of several
-faces, sizes, papers and inks, at a native width and height that only chance makes a multiple of 28 pixels.
+A receipt has one to eight items with unique names and a printed total, which is the sum of the prices. It is drawn in
+one of several faces, sizes, papers and inks, at a native width and height that only chance makes a multiple of 28.
 
-Whether a receipt may be trained on is decided by what is printed on it: a checksum of its text puts it on one side of the split. No text
-of a held-out receipt can therefore appear in training, whatever the seeds.
+Whether a receipt may be trained on is decided by what is printed on it: a checksum of its text puts it on one side of
+the split. No text of a held-out receipt can therefore appear in training, whatever the seeds.
 
     python examples/receipts/receipts.py OUT --num 500 --seed 7        writes a held-out task folder
 """
@@ -20,7 +20,6 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-
 from vocabulary import NAMES, TOTAL_LABELS
 
 Split = Literal["train", "heldout"]
@@ -173,7 +172,7 @@ def ask(receipt: Receipt, kind: Kind, item: Item | None = None) -> Example:
         case "total":
             question, answer = "What is the total?", money(sum(entry.cents for entry in receipt.items))
         case "price":
-            assert item is not None and item in receipt.items
+            assert item in receipt.items
             question, answer = f"How much is the {item.name}?", money(item.cents)
         case "dearest":
             question, answer = "Which item is the dearest?", max(receipt.items, key=lambda entry: entry.cents).name
@@ -201,7 +200,8 @@ def write_task(folder: Path, num: int, seed: int) -> None:
         Image.fromarray(example.image).save(folder / image)
         entry = {"id": f"{index:04d}", "image": image, "question": example.question, "answer": example.answer}
         items.append(entry | {"kind": example.kind})
-    task = {"schema": "vlmport-task/1", "name": "receipts", "metric": "exact_match", "max_new_tokens": MAX_NEW_TOKENS}
+    task = {"schema": "vlmport-task/1", "name": "receipts", "metric": "exact_match"}
+    task["max_new_tokens"] = MAX_NEW_TOKENS
     (folder / "task.json").write_text(json.dumps(task | {"items": items}, indent=1) + "\n", encoding="utf-8")
 
 

@@ -1,20 +1,20 @@
-"""Writes a checkpoint folder as Qwen2.5-VL is published: flat config, hub tensor names, tokenizer and processor files."""
+"""Writes a checkpoint folder as Qwen2.5-VL is published: flat config, hub names, tokenizer and processor files."""
 
 import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
-
 from inputs import MAX_PIXELS, MEAN, MERGE, MIN_PIXELS, PATCH, STD
 from model import flat_config
+from safetensors.torch import save_file
 from tokenizer import NOT_SPECIAL, SPECIAL
+from tokenizers import Tokenizer
 
 CHAT_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
     "{% for message in messages %}"
-    "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
     "<|im_start|>{{ message['role'] }}\n"
     "{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n"
     "{% else %}{% for content in message['content'] %}"
@@ -46,7 +46,8 @@ def hub_names(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def tokenizer_config(token_ids: dict[str, int]) -> dict:
     """`tokenizer_config.json` of Qwen2.5-VL with this vocabulary's ids."""
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
-    added = {str(token_ids[text]): {"content": text, **flags, "special": text in SPECIAL} for text in (*SPECIAL, *NOT_SPECIAL)}
+    texts = (*SPECIAL, *NOT_SPECIAL)
+    added = {str(token_ids[text]): {"content": text, **flags, "special": text in SPECIAL} for text in texts}
     return {
         "add_bos_token": False,
         "add_prefix_space": False,

@@ -1,16 +1,16 @@
-"""Trains the demo's tokenizer: Qwen2's byte-level BPE and its special tokens, with merges learnt from receipts and questions."""
+"""Trains the demo's tokenizer: Qwen2's byte-level BPE and special tokens, merges learnt from receipts and questions."""
 
 import random
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
 from inputs import SYSTEM
 from receipts import KINDS, ask, make_receipt
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 VOCAB_SIZE = 512
 SPECIAL = (  # in the order of their ids; the last eight are added tokens that Qwen does not mark as special
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>"),
-    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
+    *("<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
 )
 NOT_SPECIAL = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
@@ -23,12 +23,13 @@ NUM_RECEIPTS = 2000
 
 
 def corpus() -> list[str]:
-    """Texts to learn merges from: the turns of a conversation, questions of every kind, receipts of the training split."""
+    """Texts to learn merges from: the turns of a conversation, and what is asked and said about training receipts."""
     texts = [f"system\n{SYSTEM}", "user\n", "assistant\n"] * 200
     for index in range(NUM_RECEIPTS):
         receipt = make_receipt("train", 1, index)
         item = random.Random(index).choice(receipt.items)
-        texts += [part for kind in KINDS for example in [ask(receipt, kind, item)] for part in (example.question, example.answer)]
+        examples = [ask(receipt, kind, item) for kind in KINDS]
+        texts += [part for example in examples for part in (example.question, example.answer)]
     return texts
 
 

@@ -1,6 +1,6 @@
-"""Trains the demo checkpoint on two CPU cores. Resumes from its state file; writes a Hugging Face checkpoint as it goes.
+"""Trains the demo checkpoint on two CPU cores; resumes from its state file, writes Hugging Face checkpoints as it goes.
 
-    python examples/receipts/train.py --work DIR --minutes 95
+python examples/receipts/train.py --work DIR --minutes 95
 """
 
 import argparse
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tokenizers import Tokenizer
-from torch.nn.functional import cross_entropy
-
 from batches import NO_TARGET, Batch, into_batches, make_rows, training_batches
 from inputs import normalise
 from model import build_model
 from save import save_checkpoint
 from tokenizer import train_tokenizer
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
 
 WATCH_SEED = 1000  # held-out receipts to watch the training by; the reported ones are another stream
 WARM_UP_STEPS = 150
@@ -143,7 +142,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     watch = into_batches(make_rows(tokenizer, "heldout", WATCH_SEED, range(96))) if rank == 0 else []
 
     begun, progress, losses = time.monotonic() - run.seconds, run.seconds / (60 * args.minutes), []
-    for run.chunk, batch in training_batches(tokenizer, args.seed + rank, run.chunk, args.ramp):
+    for chunk, batch in training_batches(tokenizer, args.seed + rank, run.chunk, args.ramp):
+        run.chunk = chunk
         loss = loss_of(model, batch)
         loss.backward()
         mean_loss, run.seconds = average_over_ranks(model, loss.item(), time.monotonic() - begun)
