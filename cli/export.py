@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["fp32"],
         help=f"{', '.join(BUILTIN_NAMES)} or a .json file; several make several variants (default: fp32)",
     )
-    parser.add_argument("--block-size", metavar="N", type=int, help="weights a scale in 4-bit and 8-bit recipes (default: 32)")
+    parser.add_argument(
+        "--block-size", metavar="N", type=int, help="weights a scale in 4-bit and 8-bit recipes (default: 32)"
+    )
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="what the graphs will run on (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace PACKAGE if it is a package")
 
@@ -45,8 +47,8 @@ def execute(args: argparse.Namespace) -> int:
             progress=progress,
         )
     if package.manifest.target == "cpu":  # answers can be recorded only where the graphs run
-        write_selfcheck(package)
+        write_selfcheck(package.path)
     rows = [(name, f"{package.size(name) / 1e6:.1f} MB") for name in package.manifest.variants]
-    print(table([("variant", "size"), *rows], "<>"))
+    print(table(("variant", "size"), rows, "<>"))
     print(f"{package.path}: {len(rows)} variants in {time.perf_counter() - started:.1f} s")
     return 0

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,7 +21,8 @@ from .family import Json, TensorRef
 __all__ = ["Checkpoint", "CheckpointSource", "StoredTensor", "resolve"]
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+Dtype = Literal["float32", "float16", "bfloat16"]
+_DTYPES: dict[str, Dtype] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -49,7 +50,9 @@ class Checkpoint:
         """Reads the JSON files and the safetensors headers. Raises CheckpointError naming file, problem and fix."""
         folder = Path(path)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder; give the folder of a checkpoint (no hub download is made)")
+            raise CheckpointError(
+                f"{folder}: no such folder; give the folder of a checkpoint (no hub download is made)"
+            )
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: has no config.json; give the folder of a Hugging Face checkpoint")
         documents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json")) if file.name != INDEX}
@@ -57,12 +60,14 @@ class Checkpoint:
         for file in _weight_files(folder):
             for name, tensor in _read_header(file).items():
                 if name in tensors:
-                    raise CheckpointError(f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of them")
+                    raise CheckpointError(
+                        f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of them"
+                    )
                 tensors[name] = tensor
         return cls(folder, documents["config.json"], documents, tensors)
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """The dtype that holds most of the values: "float32", "float16" or "bfloat16"."""
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
@@ -92,7 +97,9 @@ class CheckpointSource:
         with tensor.file.open("rb", buffering=0) as stream:
             raw = os.pread(stream.fileno(), row * (stop - start), tensor.offset + row * start)
         if len(raw) != row * (stop - start):
-            raise CheckpointError(f"{tensor.file}: ends inside {parameter}; the file changed or is damaged, copy it again")
+            raise CheckpointError(
+                f"{tensor.file}: ends inside {parameter}; the file changed or is damaged, copy it again"
+            )
         return _to_float32(raw, tensor.dtype).reshape(stop - start, *self._shapes[parameter][1:])
 
 
@@ -104,7 +111,7 @@ def resolve(
 ) -> dict[str, StoredTensor]:
     """The stored tensor of every wanted one, by the wanted key.
 
-    Raises CheckpointError that lists every missing, unexpected, mis-shaped or unreadable tensor: one look, not one a run.
+    Raises CheckpointError that lists every missing, unexpected, mis-shaped or unreadable tensor.
     """
     stored = {normalise(name): tensor for name, tensor in checkpoint.tensors.items()}
     needed = {ref.name: ref for ref in wanted.values()}

@@ -1,14 +1,14 @@
 """What a family file must say: the contract between `families/<model_type>.py` and the exporter.
 
-A family is one file that exposes `FAMILY = FamilySpec(...)`. Families are found by listing the folder, and asked in turn whether
-a config.json is theirs; nothing else in the project knows their names.
+A family is one file that exposes `FAMILY = FamilySpec(...)`. Families are found by listing the folder, and asked in
+turn whether a config.json is theirs; nothing else in the project knows their names.
 """
 
 import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,27 @@ from ..runtime.manifest import (
     VisionSpec,
 )
 
-__all__ = ["FamilySpec", "Json", "ManifestParts", "Port", "RoleSpec", "TensorRef", "families", "family_of", "load_family"]
+__all__ = [
+    "FamilySpec",
+    "Json",
+    "ManifestParts",
+    "Port",
+    "RoleSpec",
+    "TensorRef",
+    "families",
+    "family_of",
+    "load_family",
+]
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Port:
-    """One input or output of a graph. `shape` mixes sizes and names of dynamic dims; dtype "compute" is the target's."""
+    """One input or output of a graph. `shape` mixes sizes and names of dynamic dims."""
 
     name: str
-    dtype: str  # "float32", "int64", "int32" or "compute"
+    dtype: str  # "float32", "int64", "int32", or "compute" for that of the target
     shape: tuple[int | str, ...]
     default: tuple[int, ...] | None = None  # an input that may be left out, and its int64 value
 
@@ -88,15 +98,6 @@ class FamilySpec:
     unused: Callable[[Json, str], bool]  # normalised tensor names that are left out on purpose
     tiny_config: Json  # a config.json small enough for tests
     reference: str | None = None  # module beside the family that adapts the upstream class for `validate`
-    documents: tuple[str, ...] = field(
-        default=(
-            "tokenizer.json",
-            "tokenizer_config.json",
-            "config.json",
-            "generation_config.json",
-            "preprocessor_config.json",
-        )
-    )  # files that go into the package as they are, where the checkpoint has them
 
 
 def families() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from ..quant.store import WeightSource
 from .checkpoint import Checkpoint, CheckpointSource, resolve
 from .family import FamilySpec, RoleSpec, family_of
-from .lower import COMPUTE_DTYPE, lower
+from .lower import COMPUTE_DTYPE, Target, lower
 from .trace import trace
 
 __all__ = ["FloatGraphs", "float_graphs"]
@@ -26,7 +26,7 @@ class FloatGraphs:
     num_parameters: int
 
 
-def float_graphs(path: str | Path, target: str, progress: Callable[[str], None] = lambda what: None) -> FloatGraphs:
+def float_graphs(path: str | Path, target: Target, progress: Callable[[str], None] = lambda what: None) -> FloatGraphs:
     """Traces and lowers every role of a checkpoint, and finds a tensor for each parameter.
 
     Raises CheckpointError on anything in the checkpoint that does not fit, before a byte is written.
@@ -58,7 +58,7 @@ def float_graphs(path: str | Path, target: str, progress: Callable[[str], None] 
     return FloatGraphs(checkpoint, family, graphs, sources, sum(sizes.values()))
 
 
-def _graph(role: RoleSpec, target: str) -> ir.Model:
+def _graph(role: RoleSpec, target: Target) -> ir.Model:
     model = trace(role, COMPUTE_DTYPE[target])
     lower(model, target)
     for value, port in zip(model.graph.inputs, role.inputs, strict=True):

@@ -1,7 +1,8 @@
 """Tracing a role into a graph without allocating its weights.
 
-Modules are built and traced with fake tensors, so a decoder of billions of parameters takes some hundred MB and seconds.
-The graph has initializers without values, named after the parameters; export/build.py says where the values come from.
+Modules are built and traced with fake tensors, so a decoder of billions of parameters takes some hundred MB and
+seconds. The graph has initializers without values, named after the parameters; export/build.py says where the values
+come from.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """Random-weight checkpoints in upstream format, made for a test and written tensor by tensor.
 
-Values are random bytes' worth of a small normal distribution; what is tested with them is structure and memory, not answers.
+Values are random bytes' worth of a small normal distribution; what is tested with them is structure and memory, not
+answers.
 """
 
 import json

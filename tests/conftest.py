@@ -1,4 +1,5 @@
-"""Packages that many tests read. Exported once a run, shared by all workers; a test that changes one copies it first."""
+"""Packages that many tests read. Exported once a run, shared by all workers; a test that changes one copies it
+first."""
 
 import os
 from pathlib import Path

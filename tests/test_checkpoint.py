@@ -1,4 +1,5 @@
-"""Reading checkpoints: every dtype and layout gives the same rows; whatever is wrong is told in one line with all of it."""
+"""Reading checkpoints: every dtype and layout gives the same rows; whatever is wrong is told in one line with all of
+it."""
 
 import json
 import shutil
@@ -119,13 +120,16 @@ def test_bad_json(tmp_path: Path, content: str) -> None:
 
 def test_every_tensor_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     opened = checkpoint(
-        tmp_path, {"good": VALUES, "shape": VALUES, "extra": VALUES, "left_out": VALUES, "kind": VALUES.astype(np.float64)}
+        tmp_path,
+        {"good": VALUES, "shape": VALUES, "extra": VALUES, "left_out": VALUES, "kind": VALUES.astype(np.float64)},
     )
     wanted = {name: TensorRef(name, (7, 5)) for name in ("good", "missing", "kind")} | {"s": TensorRef("shape", (5, 7))}
     with pytest.raises(CheckpointError) as caught:
         resolve(opened, wanted, lambda name: name, lambda name: name == "left_out")
     text = str(caught.value)
-    assert "4 tensors do not fit" in text and "\n" not in text
+    assert "4 tensors do not fit" in text
+    assert "\n" not in text
     for part in ("missing missing [7, 5]", "unexpected extra [7, 5]", "shape is [7, 5]", "[5, 7]", "kind is F64"):
         assert part in text
-    assert "left_out" not in text and "good" not in text
+    assert "left_out" not in text
+    assert "good" not in text

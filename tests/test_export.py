@@ -174,7 +174,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         (lambda f: edit_config(f, use_sliding_window=True), "use_sliding_window"),
     ],
 )
-def test_bad_checkpoints(tmp_path: Path, break_it, told: str) -> None:  # noqa: ANN001
+def test_bad_checkpoints(tmp_path: Path, break_it, told: str) -> None:
     folder = checkpoint_copy(tmp_path / "checkpoint")
     break_it(folder)
     with pytest.raises(VlmportError, match=told) as caught:

@@ -1,4 +1,5 @@
-"""Every family found in families/: its tiny config traces, lowers, and the graph computes what its PyTorch modules compute."""
+"""Every family found in families/: its tiny config traces, lowers, and the graph computes what its PyTorch modules
+compute."""
 
 import copy
 import functools
@@ -48,7 +49,7 @@ def test_config_finds_its_family_and_no_other(name: str) -> None:
 
 
 def test_unknown_model_type_lists_the_known_ones() -> None:
-    with pytest.raises(CheckpointError, match="'banana'.*known ones are") as caught:
+    with pytest.raises(CheckpointError, match=r"'banana'.*known ones are") as caught:
         family_of({"model_type": "banana"}, Path("x/config.json"))
     assert all(name in str(caught.value) for name in families())
 
@@ -97,7 +98,9 @@ def test_graph_equals_its_modules_at_sizes_it_was_not_traced_at(family: str, rol
     serialized = ir.serde.serialize_model(with_values(model, module)).SerializeToString()
     session = ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
     for sizes in SIZES:
-        feeds = {port.name: array for port in spec.inputs for array in [example(port.name, port.shape, port.dtype, sizes)]}
+        feeds = {
+            port.name: array for port in spec.inputs for array in [example(port.name, port.shape, port.dtype, sizes)]
+        }
         arguments: list[Any] = [torch.from_numpy(feed) for feed in feeds.values()]
         if spec.variadic:
             arguments = [*arguments[: -spec.variadic], arguments[-spec.variadic :]]

@@ -14,13 +14,13 @@ from torch import nn
 from ...runtime.errors import CheckpointError
 from ...runtime.manifest import (
     CacheSpec,
-    GenerationDefaults,
     ImageSpec,
     PositionSpec,
     PromptSpec,
     VideoSpec,
     VisionSpec,
 )
+from ..documents import generation_defaults
 from ..family import FamilySpec, Json, ManifestParts, Port, RoleSpec, TensorRef
 from ..fields import read_field, read_fields
 from ..layers import (
@@ -91,7 +91,9 @@ def is_tied(config: Json) -> bool:
 def vision_config(config: Json) -> VisionConfig:
     width, num_heads = (read_field(config, f"vision_config.{key}", int) for key in ("hidden_size", "num_heads"))
     patch, merge, frames = patch_sizes(config)
-    channels = read_field(config, "vision_config.in_channels", int, read_field(config, "vision_config.in_chans", int, 3))
+    channels = read_field(
+        config, "vision_config.in_channels", int, read_field(config, "vision_config.in_chans", int, 3)
+    )
     window = read_field(config, "vision_config.window_size", int, 112)
     axis = frequencies(width // num_heads // 2, VISION_THETA)
     return VisionConfig(
@@ -218,7 +220,8 @@ class VisionEncoder(nn.Module):
 
 
 def patch_angles(positions_AN: torch.Tensor, inverse: tuple[float, ...]) -> torch.Tensor:
-    """Angles [1, N, F] of (row, column) positions [2, 1, N]: the first half of the slots turns by row, the rest by column."""
+    """Angles [1, N, F] of (row, column) positions [2, 1, N]: the first half of the slots turns by row, the rest by
+    column."""
     half = len(inverse) // 2
     return multi_axis_angles(positions_AN, inverse, (half, half))
 
@@ -231,18 +234,16 @@ def reorder_blocks(x: torch.Tensor, order: torch.Tensor, block: int) -> torch.Te
 class PatchMerger(nn.Module):
     """features [N, C] -> rows that replace placeholder embeddings [N / M, D]: each merge block becomes one row."""
 
-    def __init__(self, norm: nn.Module, width: int, block: int, out_width: int) -> None:
+    def __init__(self, norm: RMSNorm | nn.LayerNorm, width: int, block: int, out_width: int) -> None:
         super().__init__()
         self.ln_q = norm
         self.merged = width * block
-        self.mlp = nn.ModuleDict(
-            {"0": Linear(self.merged, self.merged, bias=True), "2": Linear(self.merged, out_width, bias=True)}
-        )
+        inner, outer = Linear(self.merged, self.merged, bias=True), Linear(self.merged, out_width, bias=True)
+        self.mlp = nn.Sequential(inner, nn.GELU(), outer)  # numbered as the checkpoint does: 0 and 2
 
     def forward(self, vision_features: torch.Tensor) -> torch.Tensor:
-        x = vision_features.to(self.mlp["0"].weight.dtype)
-        x = self.mlp["0"](self.ln_q(x).reshape(-1, self.merged))
-        return self.mlp["2"](nn.functional.gelu(x)).to(torch.float32)
+        x = vision_features.to(self.ln_q.weight.dtype)
+        return self.mlp(self.ln_q(x).reshape(-1, self.merged)).to(torch.float32)
 
 
 # Roles: graphs, their ports, and where each parameter's values are
@@ -364,7 +365,10 @@ def manifest_parts(
             dtype="float32",
             max_length=read_field(text_config(config), "max_position_embeddings", int, 32768),
         ),
-        generation=generation_defaults(config, documents.get("generation_config.json", {})),
+        generation=generation_defaults(
+            documents.get("generation_config.json", {}),
+            text_config(config).get("eos_token_id", config.get("eos_token_id")),
+        ),
     )
 
 
@@ -392,20 +396,6 @@ def image_spec(preprocessor: Json, patch: int, merge: int, frames: int) -> Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-def generation_defaults(config: Json, generation: Json) -> GenerationDefaults:
-    eos = generation.get("eos_token_id", text_config(config).get("eos_token_id", config.get("eos_token_id")))
-    if eos is None:
-        raise CheckpointError("generation_config.json: eos_token_id is missing, as it is in config.json; add it to either")
-    return GenerationDefaults(
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,),
-        do_sample=read_field(generation, "do_sample", bool, False),
-        temperature=read_field(generation, "temperature", float, 1.0),
-        top_k=read_field(generation, "top_k", int, 50),  # transformers' default where the file is silent
-        top_p=read_field(generation, "top_p", float, 1.0),
-        repetition_penalty=read_field(generation, "repetition_penalty", float, 1.0),
-    )
 
 
 TINY_CONFIG: Json = {

@@ -1,7 +1,8 @@
 """Qwen2-VL (arXiv 2409.12191): the older sibling of Qwen2.5-VL.
 
-Other in the vision tower only: LayerNorm, a two-layer MLP with quick GELU, full attention a frame without windows; and video
-positions count frames, not seconds. In its config, vision `embed_dim` is the tower's width and `hidden_size` the decoder's.
+Other in the vision tower only: LayerNorm, a two-layer MLP with quick GELU, full attention a frame without windows;
+and video positions count frames, not seconds. In its config, vision `embed_dim` is the tower's width and
+`hidden_size` the decoder's.
 """
 
 from collections.abc import Mapping
@@ -52,7 +53,9 @@ class VisionConfig:
 def vision_config(config: Json) -> VisionConfig:
     width, num_heads = (read_field(config, f"vision_config.{key}", int) for key in ("embed_dim", "num_heads"))
     patch, merge, frames = patch_sizes(config)
-    channels = read_field(config, "vision_config.in_channels", int, read_field(config, "vision_config.in_chans", int, 3))
+    channels = read_field(
+        config, "vision_config.in_channels", int, read_field(config, "vision_config.in_chans", int, 3)
+    )
     axis = frequencies(width // num_heads // 2, VISION_THETA)
     return VisionConfig(
         width=width,

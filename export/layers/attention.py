@@ -3,6 +3,8 @@
 Dims: N packed tokens, B batch, S new tokens, P cached, T total, H query heads, G key/value heads, E head size.
 """
 
+from itertools import pairwise
+
 import torch
 
 from .semantic import emit, emit_many, is_tracing
@@ -15,8 +17,8 @@ def segment_attention(
 ) -> torch.Tensor:
     """Bidirectional attention inside each segment, [N, H*E]; scale 1/sqrt(E), softmax in float32.
 
-    `cu_seqlens` int32 [num_segments + 1]: segment i is rows cu_seqlens[i] to cu_seqlens[i+1]. Images of any sizes are packed
-    into one call this way, without padding (NaViT, arXiv 2307.06304).
+    `cu_seqlens` int32 [num_segments + 1]: segment i is rows cu_seqlens[i] to cu_seqlens[i+1]. Images of any sizes are
+    packed into one call this way, without padding (NaViT, arXiv 2307.06304).
     """
     if is_tracing():
         attributes = {"num_heads": num_heads, "scale": (q_ND.shape[-1] // num_heads) ** -0.5}
@@ -24,7 +26,7 @@ def segment_attention(
         return emit("SegmentAttention", inputs, shape=q_ND.shape, dtype=q_ND.dtype, attributes=attributes)
     bounds = cu_seqlens.tolist()
     rows = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         q, k, v = (x[start:stop].unflatten(-1, (num_heads, -1)).transpose(0, 1) for x in (q_ND, k_ND, v_ND))
         weights = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
         rows.append((weights @ v).transpose(0, 1).flatten(-2))
@@ -44,8 +46,8 @@ def cached_attention(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal grouped-query attention that appends to a cache. Returns (out [B, S, H*E], key, value [B, G, T, E]).
 
-    `attention_mask_BT` int64 counts the real tokens of each row (right padded); T = P + S unless the cache is a shared buffer
-    of fixed length, which only the lowered graph can use.
+    `attention_mask_BT` int64 counts the real tokens of each row (right padded); T = P + S unless the cache is a
+    shared buffer of fixed length, which only the lowered graph can use.
     """
     head_size = past_key_BGPE.shape[-1]
     if is_tracing():

@@ -1,5 +1,7 @@
 """Lowering a traced graph to a target: one pass for each semantic operator, in a list anyone can read."""
 
+from typing import Literal
+
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, Sequential
 
@@ -10,15 +12,19 @@ from .elementwise import LowerFloatConstant, LowerLastPositions, LowerRMSNorm, L
 from .tidy import FoldSmallConstants, Tidy
 from .weights import LowerEmbedding, LowerLinear
 
-__all__ = ["COMPUTE_DTYPE", "TARGETS", "lower"]
+__all__ = ["COMPUTE_DTYPE", "TARGETS", "Target", "lower"]
 
-TARGETS = ("cpu", "cuda")
-COMPUTE_DTYPE = {"cpu": "float32", "cuda": "float16"}  # GroupQueryAttention: no float16 gain on CPU, no float32 on CUDA
+Target = Literal["cpu", "cuda"]
+TARGETS: tuple[Target, ...] = ("cpu", "cuda")
+COMPUTE_DTYPE: dict[Target, Literal["float32", "float16"]] = {
+    "cpu": "float32",
+    "cuda": "float16",
+}  # GroupQueryAttention: no float16 gain on CPU, no float32 on CUDA
 
 _SEGMENT_ATTENTION = {"cpu": LoopSegmentAttention, "cuda": PackSegmentAttention}
 
 
-def lower(model: ir.Model, target: str) -> None:
+def lower(model: ir.Model, target: Target) -> None:
     """Replaces every semantic operator of the graph, in place. Raises InputError on an unknown target."""
     if target not in TARGETS:
         raise InputError(f"--target {target!r} is not known; choose one of {', '.join(TARGETS)}")

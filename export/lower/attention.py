@@ -1,7 +1,8 @@
 """The two attentions -> the fastest operators that each target has for them (measured in docs/architecture.md).
 
-CPU: unmasked MultiHeadAttention takes a memory-light path and is run a segment at a time. CUDA: PackedMultiHeadAttention takes
-all segments in one call. Both: GroupQueryAttention for the causal part, which can grow its cache in place.
+CPU: unmasked MultiHeadAttention takes a memory-light path and is run a segment at a time. CUDA:
+PackedMultiHeadAttention takes all segments in one call. Both: GroupQueryAttention for the causal part, which can grow
+its cache in place.
 """
 
 import onnx
@@ -43,7 +44,8 @@ SegmentAttention <num_heads, scale> (q, k, v, cu_seqlens) => (out)
         q_segment = Slice (q3, start, stop, one)
         k_segment = Slice (k3, start, stop, one)
         v_segment = Slice (v3, start, stop, one)
-        y = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale> (q_segment, k_segment, v_segment)
+        y = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>
+            (q_segment, k_segment, v_segment)
         grown = SequenceInsert (done, y)
     }>
     joined = ConcatFromSequence <axis = 1> (segments)

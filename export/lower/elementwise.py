@@ -48,7 +48,8 @@ def _rms_norm(tape: Tape, node: ir.Node) -> list[ir.Value]:
 
 def _rotary(tape: Tape, node: ir.Node) -> list[ir.Value]:
     x, cos, sin = node.inputs
-    assert x is not None and x.dtype is not None
+    assert x is not None
+    assert x.dtype is not None
     single = x.dtype == ir.DataType.FLOAT
     x32 = x if single else tape.op("Cast", [x], {"to": ir.DataType.FLOAT})
     heads = attribute(node, "num_heads").as_int()

@@ -14,9 +14,7 @@ class FoldSmallConstants(InPlacePass):
     """Folds the index arithmetic that tracing leaves behind. Weights have no values here, and are never read."""
 
     def call(self, model: ir.Model) -> PassResult:
-        result = fold_constants_ir(
-            model, onnx_shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL
-        )
+        result = fold_constants_ir(model, onnx_shape_inference=False, input_size_limit=_SMALL, output_size_limit=_SMALL)
         return PassResult(model, result.modified)
 
 

@@ -12,8 +12,8 @@ __all__ = ["LowerEmbedding", "LowerLinear"]
 class LowerLinear(InPlacePass):
     """Linear(x, W [N, K]) -> FusedMatMul(x, W, transB=1).
 
-    As fast as MatMul with a transposed weight (ONNX Runtime packs either at load), and the weight keeps the checkpoint's
-    layout, so that it streams and quantizes row by row.
+    As fast as MatMul with a transposed weight (ONNX Runtime packs either at load), and the weight keeps the
+    checkpoint's layout, so that it streams and quantizes row by row.
     """
 
     def call(self, model: ir.Model) -> PassResult:
