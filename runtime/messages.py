@@ -119,7 +119,7 @@ def _role_and_content(message: Any, where: str) -> tuple[str, str | Sequence[Any
     fields_ = _object(message, where)
     _known(fields_, ("role", "content"), where)
     role, content = fields_.get("role"), fields_.get("content")
-    _expect(role in _ROLES, f"{where}.role", f"is {role!r}; give one of {', '.join(_ROLES)}")
+    _expect(role in _ROLES, f"{where}.role", f"is {_shown(role)}; give one of {', '.join(_ROLES)}")
     if isinstance(content, str):
         return str(role), _text(content, f"{where}.content")
     _expect(isinstance(content, (list, tuple)), f"{where}.content", "is neither a text nor a list of parts")
@@ -133,7 +133,9 @@ def _read_part(part: Any, where: str, request: _Request) -> str | Visual:
     if kind == "text":
         _known(values, ("text",), where)
         return _text(values.get("text"), f"{where}.text")
-    _expect(kind in _KINDS, f"{where}.type", f"is {kind!r}; give text, {', '.join(_KINDS)}")
+    _expect(
+        isinstance(kind, str) and kind in _KINDS, f"{where}.type", f"is {_shown(kind)}; give text, {', '.join(_KINDS)}"
+    )
     keys = [key for key in (kind, *_SOURCE_KEYS) if key in values]
     _expect(len(keys) <= 1, where, f"has both {' and '.join(keys)}; give one source")
     source = values.pop(keys[0]) if keys else None
@@ -172,7 +174,9 @@ def _read_url(value: Mapping[str, Any], where: str) -> Any:
     values = _object(value, where)
     _known(values, ("url", "detail"), where)
     detail = values.get("detail", "auto")
-    _expect(detail in ("auto", "high"), f"{where}.detail", f"is {detail!r}; give auto, or set max_pixels of the part")
+    _expect(
+        detail in ("auto", "high"), f"{where}.detail", f"is {_shown(detail)}; give auto, or set max_pixels of the part"
+    )
     _expect("url" in values, where, "has no url")
     return values["url"]
 
@@ -193,7 +197,9 @@ def _read_options(values: Mapping[str, Any], where: str, known: frozenset[str]) 
         _expect(name in known, f"{where}.{key}", f"is unknown; known are {', '.join(sorted(known))}")
         kinds = (int,) if name in _INTEGERS else (int, float)
         fits = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
-        _expect(fits, f"{where}.{key}", f"is {value!r}; give {'a whole' if name in _INTEGERS else 'a'} number above 0")
+        _expect(
+            fits, f"{where}.{key}", f"is {_shown(value)}; give {'a whole' if name in _INTEGERS else 'a'} number above 0"
+        )
         found[name] = value
     return found
 
@@ -266,6 +272,11 @@ def _text(value: Any, where: str) -> str:
 def _known(values: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     unknown = sorted(str(key) for key in values if key not in known)
     _expect(not unknown, where, f"has an unknown field {unknown[:1]}; known are {', '.join(known)}")
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, cut to a readable length."""
+    return " ".join(repr(value).split())[:80]
 
 
 def _expect(holds: bool, where: str, message: str) -> None:
