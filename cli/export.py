@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         metavar="R",
         nargs="+",
-        default=["fp32"],
+        action="extend",
         help=f"{', '.join(BUILTIN_NAMES)} or a .json file; several make several variants (default: fp32)",
     )
     parser.add_argument(
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    recipes = [load_recipe(name, block_size=args.block_size) for name in dict.fromkeys(args.recipe)]
+    recipes = [load_recipe(name, block_size=args.block_size) for name in dict.fromkeys(args.recipe or ["fp32"])]
     with Progress("export") as progress:
         package = export_checkpoint(
             args.checkpoint,

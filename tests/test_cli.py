@@ -20,7 +20,17 @@ from vlmport.runtime.errors import InputError
 
 # A change here is a change for everybody's scripts: the changelog has to tell it.
 OPTIONS = {
+    "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", "--target", "--overwrite"],
+    "quantize": ["PACKAGE", "--recipe", "--block-size", "--method", "--checkpoint"],
+    "run": [
+        *("PACKAGE", "PROMPT", "--image", "--video", "--system", "--variant", "--json"),
+        *("--max-new-tokens", "--stop", "--cache-length", "--max-pixels", "--fps"),
+        *("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--threads"),
+    ],
+    "validate": ["PACKAGE", "--reference", "--golden", "--variant", "--task", "--report", "--gates", "--json"],
+    "verify": ["PACKAGE", "--variant", "--json"],
     "inspect": ["PACKAGE", "--json"],
+    "bench": ["PACKAGE", "--variant", "--image", "--max-new-tokens", "--repeats", "--json"],
 }
 
 
