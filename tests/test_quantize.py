@@ -91,7 +91,9 @@ def test_float16_weights_of_a_float16_checkpoint_are_as_good(dtype: str, compute
 def test_variants_share_files(tmp_path: Path) -> None:
     make_package(tmp_path / "p", *recipes("fp32", "int8"))
     before = content(tmp_path / "p")
+    inode = (tmp_path / "p" / "onnx" / "embed_tokens_int8.onnx_data").stat().st_ino
     manifest = quantize_package(tmp_path / "p", load_recipe("int4")).manifest
+    assert (tmp_path / "p" / "onnx" / "embed_tokens_int8.onnx_data").stat().st_ino == inode, "it was written again"
     assert manifest.variants["int4"].graphs["embed_tokens"] == manifest.variants["int8"].graphs["embed_tokens"]
     assert set(content(tmp_path / "p")) - set(before) == {"onnx/decoder_int4.onnx", "onnx/decoder_int4.onnx_data"}
 

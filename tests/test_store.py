@@ -54,7 +54,7 @@ def test_layout(tmp_path: Path) -> None:
 
 
 def test_big_tensors_start_on_pages(tmp_path: Path) -> None:
-    model = decoder({"lm_head.weight": (300, 300)})
+    model = decoder({"layers.0.weight": (300, 301), "lm_head.weight": (64, 300)})
     write_graph(model, rewrite(model, "decoder", load_recipe("fp32")), random_source(model), tmp_path, "decoder")
     weight = model.graph.initializers["lm_head.weight"].const_value
     assert isinstance(weight, ir.ExternalTensor)
