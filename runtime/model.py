@@ -1,0 +1,340 @@
+"""A package at work. Every stage can be called by itself; `generate` and `stream` call them in order.
+
+    S  tokens                          C  vision size
+    P  patches of all visuals          D  hidden size
+    R  rows in place of placeholders   V  vocabulary
+
+What a model can do follows from the roles that its package has: without vision_encoder it reads text only, without
+decoder it sees only.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from .cache import Cache, check_cache_limit, plan_cache_length
+from .decoder import Decoder
+from .errors import InputError, PackageError
+from .generate import Generation, GenerationOptions, GenerationStream, Timings, generate_tokens, sampling_params
+from .image import Patches
+from .manifest import CacheSpec, GenerationDefaults, Manifest
+from .package import Package
+from .positions import VIDEO_RULES
+from .prepare import Prepared, prepare_ids, prepare_messages
+from .prompt import PromptBuilder
+from .sample import Sampler
+from .session import Array, GraphSession, open_session, require_onnxruntime
+from .text_stream import TextStream
+from .vision_inputs import vision_inputs
+
+__all__ = ["LoadOptions", "Model", "VisionOutput"]
+
+Messages = Sequence[Mapping[str, Any]]
+_DEFAULTS = GenerationOptions()
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What the vision side computed: `vision` float32 [P, C] in natural patch order, `features` float32 [R, D]."""
+
+    vision: Array
+    features: Array
+    timings: Timings  # vision and projector alone
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a package is put to work."""
+
+    num_threads: int | None = None  # of one operator; None: one a core
+    cache_length: int | None = None  # the most tokens a sequence may have; None: what the model was made for
+    prefill_chunk: int = 256  # tokens of a prompt that go through the decoder at once; bounds the memory of a prefill
+    video_rule: str | None = None  # one of positions.VIDEO_RULES, in place of the manifest's, to compare like with like
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise InputError(f"num_threads: {self.num_threads} is not at least 1; leave it out for one thread a core")
+        if self.prefill_chunk < 1:
+            raise InputError(f"prefill_chunk: {self.prefill_chunk} is not at least 1")
+        if self.video_rule is not None and self.video_rule not in VIDEO_RULES:
+            raise InputError(f"video_rule: {self.video_rule!r} is not one of {', '.join(VIDEO_RULES)}")
+
+
+class Model:
+    """A variant of a package. Graphs are opened when they are first needed, and let go by `close`."""
+
+    def __init__(self, package: Package, variant: str | None, options: LoadOptions) -> None:
+        """See `load`."""
+        self.package = package
+        self.variant = package.variant(variant)
+        self.manifest = _with_video_rule(package.manifest, options.video_rule)
+        self.options = options
+        if self.manifest.cache is not None:
+            check_cache_limit(self.manifest.cache, options.cache_length)
+        require_onnxruntime(self.manifest.target)
+        self._sessions: dict[str, GraphSession] = {}
+        self._decoder: Decoder | None = None
+        self._builder: PromptBuilder | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        variant: str | None = None,
+        *,
+        num_threads: int | None = None,
+        cache_length: int | None = None,
+        prefill_chunk: int = 256,
+        video_rule: str | None = None,
+    ) -> Self:
+        """Opens a package folder, its first variant where none is named. The rest is LoadOptions.
+
+        Raises PackageError, InputError, or MissingDependencyError where onnxruntime is not installed.
+        """
+        return cls(Package.open(path), variant, LoadOptions(num_threads, cache_length, prefill_chunk, video_rule))
+
+    def close(self) -> None:
+        """Lets go of every graph. A later call opens them again."""
+        self._decoder = None
+        self._sessions.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The stages, in their order.
+
+    def prepare(
+        self,
+        messages: Messages,
+        options: Mapping[str, Any] | None = None,
+        *,
+        folder: Path | None = None,
+        allow_files: bool = True,
+    ) -> Prepared:
+        """Messages to ids, patches and positions; no graph is run. See prepare.prepare_messages."""
+        return prepare_messages(
+            self.builder, self.manifest, messages, options or {}, folder=folder, allow_files=allow_files
+        )
+
+    def prepare_ids(self, input_ids: Array, images: Sequence[Patches] = (), videos: Sequence[Patches] = ()) -> Prepared:
+        """The same from ids [S] whose placeholders are expanded already."""
+        return prepare_ids(self.builder, self.manifest, input_ids, images, videos)
+
+    def encode_vision(self, patches: Sequence[Patches]) -> VisionOutput:
+        """All images and clips in one packed call; rows in the order given. Raises PackageError without the role."""
+        assert patches
+        encoder = self.session("vision_encoder")
+        projector = self.session("projector") if "projector" in self.manifest.roles else None
+        feeds = {"pixel_values": np.concatenate([item.pixel_values for item in patches])}
+        started = time.perf_counter()
+        if self.manifest.vision is not None:
+            feeds |= vision_inputs(self.manifest.vision, [item.grid for item in patches])
+        encoded = encoder.run(feeds, ["vision_features"], release_memory=True)
+        vision_PC = encoded["vision_features"].astype(np.float32, copy=False)
+        between = time.perf_counter()
+        features_RD = vision_PC
+        if projector is not None:
+            projected = projector.run({"vision_features": vision_PC}, ["image_features"], release_memory=True)
+            features_RD = projected["image_features"]
+        timings = Timings(vision=between - started, projector=time.perf_counter() - between)
+        return VisionOutput(vision_PC, features_RD.astype(np.float32, copy=False), timings)
+
+    def features(self, prepared: Prepared) -> VisionOutput | None:
+        """`encode_vision` of all that the prompt shows, in the order of its placeholders; None for text alone."""
+        return self.encode_vision(prepared.visuals) if prepared.visuals else None
+
+    def embed(self, prepared: Prepared, features_RD: Array | None = None) -> Array:
+        """Embeddings of the prompt, float32 [S, D], with the rows of `features_RD` in place of the placeholders'."""
+        num_rows = 0 if features_RD is None else len(features_RD)
+        expected = sum(run.length for run in prepared.runs)
+        if num_rows != expected:
+            raise InputError(
+                f"features: {num_rows} rows for {expected} placeholders; encode the visuals of this prompt"
+            )
+        embeds_SD = self._embed(prepared.input_ids)
+        row = 0
+        for run in prepared.runs:
+            assert features_RD is not None
+            embeds_SD[run.start : run.start + run.length] = features_RD[row : row + run.length]
+            row += run.length
+        return embeds_SD
+
+    def new_cache(self, max_length: int) -> Cache:
+        """An empty cache for `max_length` tokens."""
+        return self.decoder.new_cache(max_length)
+
+    def prefill(self, embeds_SD: Array, position_ids: Array, cache: Cache, *, all_logits: bool = False) -> Array:
+        """Adds S tokens to the cache. Returns float32 logits [1, V] of the last, or [S, V]."""
+        return self.decoder.prefill(embeds_SD, position_ids, cache, all_logits=all_logits)
+
+    def step(self, token_id: int, cache: Cache, rope_delta: int = 0) -> Array:
+        """Adds one generated token to the cache. Returns float32 logits [V]."""
+        embeds_D = self._embed(np.array([token_id], np.int64))[0]
+        return self.decoder.step(embeds_D, cache.length + rope_delta, cache)
+
+    def logits(self, input_ids: Array, images: Sequence[Patches] = (), videos: Sequence[Patches] = ()) -> Array:
+        """Logits of every position, float32 [S, V]. Placeholders in `input_ids` [S] are expanded already."""
+        prepared = self.prepare_ids(input_ids, images, videos)
+        seen = self.features(prepared)
+        embeds_SD = self.embed(prepared, seen.features if seen else None)
+        cache = self.new_cache(plan_cache_length(self.cache_spec, len(embeds_SD), 0, self.options.cache_length))
+        return self.prefill(embeds_SD, prepared.position_ids, cache, all_logits=True)
+
+    # All of them together.
+
+    def generate(
+        self,
+        messages: Messages,
+        options: Mapping[str, Any] | None = None,
+        *,
+        max_new_tokens: int = _DEFAULTS.max_new_tokens,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Answers. See `stream`."""
+        return self.stream(
+            messages,
+            options,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+        ).finish()
+
+    def stream(
+        self,
+        messages: Messages,
+        options: Mapping[str, Any] | None = None,
+        *,
+        max_new_tokens: int = _DEFAULTS.max_new_tokens,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+    ) -> GenerationStream:
+        """Answers piece by piece.
+
+        options: of the template and the preprocessing, by upstream names. What is None is as the checkpoint's own
+        generation_config says; temperature 0 is greedy. stop: strings that end the answer and are not part of it.
+        Raises InputError and CapacityError before anything is computed.
+        """
+        sampling = sampling_params(
+            self._generation,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+        asked = GenerationOptions(max_new_tokens, sampling, tuple(stop), ignore_eos)
+        return self.stream_prepared(self.prepare(messages, options), asked)
+
+    def stream_prepared(self, prepared: Prepared, options: GenerationOptions) -> GenerationStream:
+        """The same for a prompt that is prepared already."""
+        num_tokens = len(prepared.input_ids)
+        length = plan_cache_length(self.cache_spec, num_tokens, options.max_new_tokens, self.options.cache_length)
+        # The last token is never put through the decoder, so it needs no room.
+        options = replace(options, max_new_tokens=min(options.max_new_tokens, length - num_tokens + 1))
+        decoder = self.decoder
+        self.session("embed_tokens")
+        caches: list[Cache] = []
+
+        def prefill() -> tuple[Array, Timings]:
+            seen = self.features(prepared)
+            started = time.perf_counter()
+            caches.append(decoder.new_cache(length))
+            embeds_SD = self.embed(prepared, seen.features if seen else None)
+            logits_V = self.prefill(embeds_SD, prepared.position_ids, caches[0])[0]
+            spent = seen.timings if seen else Timings()
+            timings = replace(
+                prepared.timings,
+                vision=spent.vision,
+                projector=spent.projector,
+                prefill=time.perf_counter() - started,
+                num_prompt_tokens=num_tokens,
+            )
+            return logits_V, timings
+
+        def step(token_id: int) -> Array:
+            return self.step(token_id, caches[0], prepared.rope_delta)
+
+        sampler = Sampler(options.sampling, prepared.input_ids.tolist())
+        text_stream = TextStream(self.builder.tokenizer, options.stop)
+        eos = self._generation.eos_token_ids
+        return GenerationStream(generate_tokens(prefill, step, sampler, text_stream, options, eos))
+
+    def generate_prepared(self, prepared: Prepared, options: GenerationOptions) -> Generation:
+        """The whole answer to a prompt that is prepared already."""
+        return self.stream_prepared(prepared, options).finish()
+
+    # What the stages are made of; each is opened once.
+
+    def session(self, role: str) -> GraphSession:
+        """The graph of a role. Raises PackageError where the package has none."""
+        if role not in self._sessions:
+            path = self.package.graph_path(role, self.variant.name)
+            self._sessions[role] = open_session(path, self.manifest.target, num_threads=self.options.num_threads)
+        return self._sessions[role]
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder graph with its cache. Raises PackageError where graph and manifest disagree."""
+        if self._decoder is None:
+            self._decoder = Decoder(self.session("decoder"), self.cache_spec, chunk=self.options.prefill_chunk)
+        return self._decoder
+
+    @property
+    def builder(self) -> PromptBuilder:
+        """The chat template and the tokenizer."""
+        if self._builder is None:
+            self._builder = PromptBuilder.from_package(self.package.path, self.manifest)
+        return self._builder
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """What the manifest says of the cache. Raises PackageError where it says nothing."""
+        if self.manifest.cache is None:
+            raise PackageError(f"{self.package.path}: vlmport.json has no cache, so this package generates no text")
+        return self.manifest.cache
+
+    @property
+    def _generation(self) -> GenerationDefaults:
+        return self.manifest.generation or GenerationDefaults(eos_token_ids=())
+
+    def _embed(self, input_ids: Array) -> Array:
+        embeds = self.session("embed_tokens").run({"input_ids": input_ids[None]}, ["inputs_embeds"])["inputs_embeds"]
+        return embeds[0].astype(np.float32, copy=False)
+
+
+def _with_video_rule(manifest: Manifest, video_rule: str | None) -> Manifest:
+    if video_rule is None:
+        return manifest
+    if manifest.positions is None or manifest.positions.video_rule is None:
+        raise InputError(f"video_rule: {video_rule!r} means nothing here, as this package has no video positions")
+    return replace(manifest, positions=replace(manifest.positions, video_rule=video_rule))
