@@ -117,11 +117,15 @@ def _render_variant(variant: VariantReport) -> str:
 
 def _render_row(row: StageRow) -> list[str]:
     values = row.values
-    same = values.get("same_top1", values.get("match"))
+    same = values.get("same_top1")
     if same is None and "num_values" in values:
         same = 1 - values["num_different"] / values["num_values"]
+    if same is None and "changed" in values:
+        same = 1 - values["changed"]
     broken = [
-        f"{gate.metric} {gate.value if gate.value is None else format(gate.value, '.3g')} for {gate.limit:g}"
+        f"{gate.metric} was not measured"
+        if gate.value is None
+        else f"{gate.metric} {gate.value:.4g} {'>' if gate.value > gate.limit else '<'} {gate.limit:g}"
         for gate in row.gates
         if gate.outcome != "PASS"
     ]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.manifest import Variant
-from .gates import GateResult, GateTable, Outcome, column_of, judge, worst
+from .gates import STAGES, GateResult, GateTable, Outcome, column_of, judge, worst
 from .metrics import LogitErrors, TensorErrors, drift_slope, logit_errors, margins, tensor_errors
 
 __all__ = [
@@ -158,18 +158,21 @@ def stage_columns(variant: Variant) -> dict[str, str]:
     features = [labels[role] for role in ("vision_encoder", "projector") if role in labels]
     embedded = [labels[role] for role in ("vision_encoder", "projector", "embed_tokens") if role in labels]
     everything = column_of(labels.values())
-    columns = dict.fromkeys(("past", "prefill", "argmax", "decode", "cache", "generation", "task"), everything)
+    columns = dict.fromkeys(
+        ("past", "prompt", "prefill", "argmax", "decode", "cache", "generation", "task"), everything
+    )
     columns |= {"exact": everything, "pixels": everything}  # preprocessing is the same in all columns
     columns |= {"vision": column_of(tower), "projector": column_of(features), "embeddings": column_of(embedded)}
     return columns
 
 
 def stage_rows(records: Iterable[Comparison], table: GateTable, columns: Mapping[str, str]) -> tuple[StageRow, ...]:
-    """One row a stage, in the order in which stages first appear."""
+    """One row a stage, kinds in the order of gates.STAGES, which is that of a request, stages as they first appear."""
     by_stage: dict[tuple[str, str], list[Comparison]] = {}
     for record in records:
         by_stage.setdefault((record.stage, record.kind), []).append(record)
-    return tuple(_row(stage, kind, found, table, columns[kind]) for (stage, kind), found in by_stage.items())
+    ordered = sorted(by_stage.items(), key=lambda item: STAGES.index(item[0][1]))
+    return tuple(_row(stage, kind, found, table, columns[kind]) for (stage, kind), found in ordered)
 
 
 def _row(stage: str, kind: str, records: Sequence[Comparison], table: GateTable, column: str) -> StageRow:

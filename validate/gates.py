@@ -45,7 +45,8 @@ STAGES = (
     "projector",
     "embeddings",
     "past",
-    "prefill",
+    "prompt",  # logits at every position of a prompt, placeholders included
+    "prefill",  # logits at positions that an answer comes from
     "argmax",
     "decode",
     "cache",
@@ -180,6 +181,7 @@ DEFAULT_GATES = GateTable(
                 "projector": _UNIT,
                 "embeddings": _UNIT,
                 "past": _UNIT,
+                "prompt": _LOGITS_UNIT,
                 "prefill": _LOGITS_UNIT,
                 "argmax": (Gate("match", 1.0, _ISSUE),),
                 "decode": _LOGITS_UNIT,
@@ -194,6 +196,7 @@ DEFAULT_GATES = GateTable(
                 "embeddings": _TOWER_FP32,
                 "past": _TOWER_FP32,
                 "argmax": (Gate("match", 1.0, "as same_top1 of prefill"),),
+                "prompt": _LOGITS_FP32,
                 "prefill": _LOGITS_FP32,
                 "decode": (*_LOGITS_FP32, _NO_SLOPE),
                 "cache": _CACHE_FP32,

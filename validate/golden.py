@@ -229,30 +229,31 @@ def request_messages(golden: Golden, case: Case) -> list[dict[str, Any]] | None:
     Raises InputError for a path that leaves the folder's inputs/.
     """
     messages = case.request.get("messages")
-    if messages is None:
-        return None
-    return [
-        {**message, "content": [_rebuild(golden.path, part) for part in message["content"]]} for message in messages
-    ]
+    return None if messages is None else [_rebuild_message(golden.path, message) for message in messages]
 
 
-def _rebuild(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
+def _rebuild_message(folder: Path, message: Any) -> dict[str, Any]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise InputError(f"{folder / _FILE}: message {str(message)[:60]!r} has no list of parts as its content")
+    return {**message, "content": [_rebuild_part(folder, part) for part in content]}
+
+
+def _rebuild_part(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
     if part.get("type") == "image":
-        return {**part, "image": str(_input(folder, part["image"]))}
+        return {**part, "image": _input(folder, part.get("image"))}
     if part.get("type") == "video":
-        video = part["video"]
-        whole = (
-            [str(_input(folder, frame)) for frame in video] if isinstance(video, list) else str(_input(folder, video))
-        )
-        return {**part, "video": whole}
+        video = part.get("video")
+        frames = isinstance(video, list)
+        return {**part, "video": [_input(folder, frame) for frame in video] if frames else _input(folder, video)}
     return part
 
 
-def _input(folder: Path, name: str) -> Path:
-    parts = PurePosixPath(name).parts
+def _input(folder: Path, name: Any) -> str:
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if len(parts) < 2 or parts[0] != "inputs" or ".." in parts:
         raise InputError(f"{folder / _FILE}: {name!r} is not a path below inputs/")
-    return folder.joinpath(*parts)
+    return str(folder.joinpath(*parts))
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, Array]:

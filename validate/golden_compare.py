@@ -47,7 +47,7 @@ _KINDS = {
     "projector_image": "projector",
     "projector_video": "projector",
     "inputs_embeds": "embeddings",
-    "prefill_logits": "prefill",
+    "prefill_logits": "prompt",
     "prefill_logits_last": "prefill",
     "step_logits": "decode",
     "past_key": "past",

@@ -135,7 +135,7 @@ def compare_sample(model: Model, run: ReferenceRun, tie_margin: float) -> list[C
         records.append(compare_tensors(name, "vision", "vision", arrays["vision"], stages.vision))
         records.append(compare_tensors(name, "projector", "projector", arrays["projector"], stages.features))
     records.append(compare_tensors(name, "inputs_embeds", "embeddings", arrays["inputs_embeds"], stages.inputs_embeds))
-    records.append(compare_logits(name, "prefill_logits", "prefill", arrays["prefill_logits"], stages.prefill_logits))
+    records.append(compare_logits(name, "prefill_logits", "prompt", arrays["prefill_logits"], stages.prefill_logits))
     records.append(compare_logits(name, "step_logits", "decode", arrays["step_logits"], stages.step_logits))
     whole = logits_without_cache(model, prepared, stages.inputs_embeds, forced)
     records.append(compare_logits(name, "cache", "cache", whole, stages.step_logits))

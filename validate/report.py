@@ -222,7 +222,7 @@ def _variant_section(variant: Mapping[str, Any]) -> list[str]:
     for row in variant["rows"]:
         values = row["values"]
         broken = "; ".join(
-            f"{gate['metric']} {_number(gate['value'])} (limit {_number(gate['limit'])})"
+            f"{gate['metric']} {_number(gate['value'])} ({_number(gate['limit'])} asked)"
             for gate in row["gates"]
             if gate["outcome"] != "PASS"
         )
@@ -240,11 +240,9 @@ def _variant_section(variant: Mapping[str, Any]) -> list[str]:
 
 
 def _number(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return value
-    return str(int(value)) if float(value).is_integer() else f"{value:.3g}"
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.7g}" if abs(value) > 0.9 else f"{value:.3g}"
 
 
 def _plain(value: Any) -> Any:

@@ -5,7 +5,7 @@
     parity/golden/<variant>.npz       stages of that variant
 
 `verify` runs it on another box with nothing but the runtime. It asks whether this box computes what the box of the
-export did, not whether that was right: parity/report.json is about that. Kernels differ between boxes, so the limits are
+export did, not whether that was right: parity/report.json is about that. Kernels differ between boxes, so limits are
 wider than float32 noise for low precisions, where a rounded activation can go the other way.
 """
 

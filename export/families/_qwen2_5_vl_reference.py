@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
+from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
 from ...runtime.errors import CheckpointError
@@ -27,13 +28,19 @@ _IMAGE, _VIDEO = 1, 2  # mm_token_type_ids
 
 def load(folder: Path) -> "Reference":
     """The checkpoint in float32 with eager attention, from local files. Raises CheckpointError for missing tensors."""
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    shows_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # the command has one of its own
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    finally:
+        if shows_bar:
+            logging.enable_progress_bar()
     model, info = loaded
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if wrong:

@@ -1,0 +1,134 @@
+"""The self-check that travels in a package, and the command that runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from vlmport.cli.main import main
+from vlmport.runtime.errors import PackageError
+from vlmport.runtime.package import Package
+from vlmport.validate.selfcheck import check_selfcheck, write_selfcheck
+
+
+@pytest.fixture(scope="module")
+def checked(package_tiny_b, tmp_path_factory):
+    path = shutil.copytree(package_tiny_b, tmp_path_factory.mktemp("selfcheck") / "package")
+    write_selfcheck(path)
+    return path
+
+
+@pytest.fixture
+def package(checked, tmp_path):
+    return shutil.copytree(checked, tmp_path / "package")
+
+
+def test_the_box_of_the_export_agrees_with_itself(package, capsys):
+    assert main(["verify", str(package)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("fp32", "int8", "int4", "step_logits", "pixel_values", "PASS"):
+        assert word in printed
+    assert main(["verify", str(package), "--variant", "int8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["variants"] == {"int8": "PASS"}
+
+
+def test_it_leaves_the_package_whole(package):
+    Package.open(package).verify()
+    names = sorted(path.name for path in (package / "parity").rglob("*"))
+    assert names == ["fp32.npz", "golden", "int4.npz", "int8.npz", "picture.png", "selfcheck.json"]
+    first = (package / "parity" / "golden" / "selfcheck.json").read_bytes()
+    write_selfcheck(package)
+    assert (package / "parity" / "golden" / "selfcheck.json").read_bytes() == first
+
+
+def test_another_result_on_this_box_fails(package, capsys):
+    folder = package / "parity" / "golden"
+    with np.load(folder / "int8.npz") as stored:
+        arrays = dict(stored)
+    arrays["vision"] = arrays["vision"] * 1.2
+    np.savez(folder / "int8.npz", **arrays)
+    document = json.loads((folder / "selfcheck.json").read_text())
+    from vlmport.runtime.package import file_entry
+
+    document["variants"]["int8"]["sha256"] = file_entry(folder / "int8.npz").sha256
+    (folder / "selfcheck.json").write_text(json.dumps(document))
+    rows = check_selfcheck(Package.open(package))
+    assert {row.stage for row in rows["int8"] if row.outcome == "FAIL"} == {"vision"}
+    assert {row.outcome for row in rows["fp32"]} == {"PASS"}
+    assert main(["verify", str(package)]) == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def damage_graph(package):
+    file = package / "onnx" / "decoder.onnx_data"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def other_graphs(package):
+    file = package / "parity" / "golden" / "selfcheck.json"
+    document = json.loads(file.read_text())
+    document["variants"]["fp32"]["graphs"]["decoder.onnx"] = "0" * 64
+    file.write_text(json.dumps(document))
+
+
+def unknown_field(package):
+    file = package / "parity" / "golden" / "selfcheck.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "more": 1}))
+
+
+def pickled(package):
+    folder = package / "parity" / "golden"
+    np.savez(folder / "fp32.npz", vision=np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    from vlmport.runtime.package import file_entry
+
+    document = json.loads((folder / "selfcheck.json").read_text())
+    document["variants"]["fp32"]["sha256"] = file_entry(folder / "fp32.npz").sha256
+    (folder / "selfcheck.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_graph, "differs from its sha256"),
+        (other_graphs, "as it is now"),
+        (unknown_field, "more"),
+        (pickled, "plain arrays"),
+        (lambda p: shutil.rmtree(p / "parity"), "missing"),
+        (lambda p: (p / "parity" / "golden" / "int4.npz").unlink(), "missing"),
+        (lambda p: (p / "parity" / "golden" / "int4.npz").write_bytes(b"x"), "sha256"),
+        (lambda p: (p / "parity" / "golden" / "picture.png").unlink(), "missing"),
+        (lambda p: (p / "parity" / "golden" / "picture.png").write_bytes(b"x"), "sha256"),
+        (lambda p: (p / "parity" / "golden" / "selfcheck.json").write_text("{"), "selfcheck.json"),
+    ],
+)
+def test_damage_is_one_line_and_status_2(damage, words, package, capsys):
+    damage(package)
+    assert main(["verify", str(package)]) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in line
+
+
+def test_an_unknown_variant(package):
+    with pytest.raises(PackageError, match="no variant 'int3'"):
+        check_selfcheck(Package.open(package), "int3")
+
+
+def test_verify_needs_the_runtime_alone(package):
+    code = f"""
+        import sys
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors"):
+                    raise ModuleNotFoundError(name, name=name)
+        sys.meta_path.insert(0, Blocked())
+        from vlmport.cli.main import main
+        sys.exit(main(["verify", {str(package)!r}, "--variant", "fp32"]))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
