@@ -7,6 +7,7 @@ Each layer has one buffer for keys and one for values, [1, K, C, H]. The same Or
 copies nothing.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class Cache:
         self._buffers: dict[str, Any] = {}
         self.binding: Any = session.raw.io_binding()  # kept: a call rebinds only what changes from call to call
         for past, present in cache_names(spec.num_layers):
-            buffer = ort_value(np.zeros(shape, np.dtype(spec.dtype)), session.device)
+            buffer = ort_value(_zeros(shape, spec), session.device)
             self.binding.bind_ortvalue_input(past, buffer)
             self.binding.bind_ortvalue_output(present, buffer)
             self._buffers[past] = buffer
@@ -75,6 +76,17 @@ def cache_names(num_layers: int) -> list[tuple[str, str]]:
         for layer in range(num_layers)
         for part in ("key", "value")
     ]
+
+
+def _zeros(shape: tuple[int, ...], spec: CacheSpec) -> Array:
+    try:
+        return np.zeros(shape, np.dtype(spec.dtype))
+    except MemoryError:
+        size = 2 * spec.num_layers * math.prod(shape) * np.dtype(spec.dtype).itemsize
+        raise CapacityError(
+            f"a cache of {shape[2]} tokens takes {size / 1e9:.1f} GB, more than there is: lower --cache-length "
+            "(cache_length) or --max-new-tokens"
+        ) from None
 
 
 def check_cache_limit(spec: CacheSpec, limit: int | None) -> None:

@@ -1,7 +1,8 @@
 """The package folder: opening it, trusting it, finding the files of a variant.
 
-Nothing is trusted before it is checked: names stay inside the folder, no links, sizes as the manifest says. External data
-of a graph is one plain file name in the same folder (a graph that could point elsewhere could read any file of the box).
+Nothing is trusted before it is checked: names stay inside the folder, no links, sizes as the manifest says. External
+data of a graph is one plain file name in the same folder (a graph that could point elsewhere could read any file of the
+box).
 """
 
 import hashlib
@@ -83,7 +84,9 @@ class Package:
             if progress is not None:
                 progress(name)
             if file_entry(self.path / name).sha256 != entry.sha256:
-                raise PackageError(f"{self.path / name}: content differs from its sha256 in {MANIFEST_NAME}; copy it again")
+                raise PackageError(
+                    f"{self.path / name}: content differs from its sha256 in {MANIFEST_NAME}; copy it again"
+                )
 
 
 def manifest_text(manifest: Manifest) -> str:
@@ -105,8 +108,9 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or str(PurePosixPath(name)) != name:
         raise PackageError(f"{folder / MANIFEST_NAME}: files: {name!r} is not a plain path inside the package")
-    for depth in range(1, len(parts) + 1):
-        place = folder.joinpath(*parts[:depth])
+    place, status = folder, folder.lstat()
+    for part in parts:
+        place = place / part
         try:
             status = place.lstat()
         except FileNotFoundError:

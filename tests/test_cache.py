@@ -141,6 +141,14 @@ def test_a_graph_without_a_cache(tmp_path: Path) -> None:
         Decoder(open_session(path, num_threads=1), tiny.spec())
 
 
+def test_a_cache_that_no_memory_holds(graph: Path) -> None:
+    decoder = Decoder(open_session(graph, num_threads=1), tiny.spec())
+    with pytest.raises(CapacityError, match=r"10000000000000 tokens takes 1280000\.0 GB.*--cache-length"):
+        decoder.new_cache(10**13)
+    with pytest.raises(InputError, match="cache length: 0"):
+        decoder.new_cache(0)
+
+
 @pytest.mark.parametrize("chunk", [0, -1])
 def test_chunks_below_one(graph: Path, chunk: int) -> None:
     with pytest.raises(InputError, match="prefill chunk"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,16 @@ def test_text_alone_opens_no_vision_graph(packages: dict[str, Path]) -> None:
         model.close()
         assert model._sessions == {}
         assert model.generate(TEXT, max_new_tokens=2).token_ids == generation.token_ids
+
+
+def test_two_answers_at_once_do_not_mix(model: Model) -> None:
+    other = [{"role": "user", "content": "Something else entirely."}]
+    settings: dict[str, Any] = {"max_new_tokens": 10, "ignore_eos": True}
+    one, two = model.stream(TEXT, **settings), model.stream(other, **settings)
+    for _ in zip(one, two, strict=False):
+        pass
+    assert one.finish() == replace(model.generate(TEXT, **settings), timings=one.generation.timings)
+    assert two.finish() == replace(model.generate(other, **settings), timings=two.generation.timings)
 
 
 def edited(package: Path, tmp_path: Path, *, roles: list[str] | None = None, **parts: Any) -> Path:
