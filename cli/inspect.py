@@ -118,7 +118,7 @@ def _last_parity(package: Package) -> dict[str, str]:
         report = json.loads(file.read_text(encoding="utf-8"))
         outcomes = {str(variant["name"]): str(variant["outcome"]) for variant in report["variants"]}
         mode, of_manifest = str(report["mode"]), str(report["package"]["manifest_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(f"{file}: not a report ({error!r}); run `vlmport validate` again") from error
     if of_manifest != file_entry(package.path / MANIFEST_NAME).sha256:
         return dict.fromkeys(outcomes, "out of date")

@@ -41,7 +41,7 @@ class Package:
             raise PackageError(f"{folder}: not a package, it has no {MANIFEST_NAME}; make one with `vlmport export`")
         try:
             manifest = from_json(Manifest, json.loads(file.read_text(encoding="utf-8")))
-        except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise PackageError(f"{file}: {error}") from error
         for name, entry in manifest.files.items():
             _check_file(folder, name, entry)

@@ -71,9 +71,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     missing = [
         name
         for name, field in fields.items()
-        if name not in data
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in data and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise SchemaError(f"{where}: field {missing[0]!r} is missing")
