@@ -186,8 +186,7 @@ def preprocess_images(
             "lower min_pixels or max_pixels"
         )
     resample = RESAMPLE[spec.resample]
-    pixels_THWC = np.stack([np.asarray(frame.resize((width, height), resample)) for frame in frames])
-    return _patchify(pixels_THWC, spec)
+    return _patchify([np.asarray(frame.resize((width, height), resample)) for frame in frames], spec)
 
 
 def fit(image: Image.Image, spec: ImageSpec, options: ImageOptions, name: str) -> tuple[int, int]:
@@ -233,21 +232,22 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
-def _patchify(pixels_THWC: NDArray[np.uint8], spec: ImageSpec) -> Patches:
-    """uint8 [T, H, W, 3] -> float32 patches; rows (t, block y, block x, row, column), columns (c, frame, y, x)."""
+def _patchify(frames: Sequence[NDArray[np.uint8]], spec: ImageSpec) -> Patches:
+    """T frames uint8 [H, W, 3] -> float32 patches; rows (t, block y, block x, row, column), columns (c, frame, y, x)."""
     size, merge, depth = spec.patch_size, spec.merge_size, spec.temporal_patch_size
-    missing = -len(pixels_THWC) % depth
-    if missing:
-        pixels_THWC = np.concatenate([pixels_THWC, np.repeat(pixels_THWC[-1:], missing, axis=0)])
-    num_frames, height, width, channels = pixels_THWC.shape
-    t, h, w = num_frames // depth, height // size, width // size
-    blocks = pixels_THWC.reshape(t, depth, h // merge, merge, size, w // merge, merge, size, channels)
-    patches = blocks.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(t * h * w, channels, depth * size * size)
+    height, width, channels = frames[0].shape
+    t, h, w = -(-len(frames) // depth), height // size, width // size
+    shape = (h // merge, merge, size, w // merge, merge, size)
     table = _normalisation(spec)
-    pixel_values = np.empty(patches.shape, np.float32)
+    patches = np.empty((t, h // merge, w // merge, merge, merge, channels, depth, size, size), np.float32)
+    plane = np.empty((height, width), np.float32)
     for channel in range(channels):
-        pixel_values[:, channel] = table[channel][patches[:, channel]]
-    return Patches(pixel_values.reshape(t * h * w, -1), (t, h, w))
+        for frame in range(t * depth):
+            if frame < len(frames):  # after the last frame, the plane still holds it
+                np.take(table[channel], frames[frame][:, :, channel], out=plane, mode="clip")
+            target = patches[frame // depth, :, :, :, :, channel, frame % depth]
+            target[:] = plane.reshape(shape).transpose(0, 3, 1, 4, 2, 5)
+    return Patches(patches.reshape(t * h * w, -1), (t, h, w))
 
 
 def _normalisation(spec: ImageSpec) -> NDArray[np.float32]:

@@ -113,10 +113,10 @@ def _load_patches(manifest: Manifest, visual: Visual) -> tuple[Patches, Timings]
     if visual.kind == "image":
         image = load_image(visual.source, name=visual.where)
         decoded = time.perf_counter()
-        patches = preprocess_images([image], manifest.image, visual.image_options)
+        patches = preprocess_images([image], manifest.image, visual.image_options, name=visual.where)
     else:
         assert manifest.video is not None
         clip = load_clip(visual.source, manifest.video, manifest.image, visual.clip_options, name=visual.where)
         decoded = time.perf_counter()
-        patches = preprocess_clip(clip, manifest.image, visual.image_options)
+        patches = preprocess_clip(clip, manifest.image, visual.image_options, name=visual.where)
     return patches, Timings(decode_image=decoded - started, preprocess=time.perf_counter() - decoded)
