@@ -233,7 +233,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 
 def _patchify(frames: Sequence[NDArray[np.uint8]], spec: ImageSpec) -> Patches:
-    """T frames uint8 [H, W, 3] -> float32 patches; rows (t, block y, block x, row, column), columns (c, frame, y, x)."""
+    """Frames uint8 [H, W, 3] -> float32 patches; rows (t, block y, block x, row, column), columns (c, frame, y, x)."""
     size, merge, depth = spec.patch_size, spec.merge_size, spec.temporal_patch_size
     height, width, channels = frames[0].shape
     t, h, w = -(-len(frames) // depth), height // size, width // size
