@@ -20,7 +20,12 @@ def run(op: str, inputs: list[np.ndarray], feed: np.ndarray, feed_index: int, at
     """One node on the CPU; `feed` goes in at `feed_index`, the other inputs are initializers."""
     x = ir.Value(name="x", shape=ir.Shape([None] * feed.ndim), type=ir.TensorType(ir.DataType.from_numpy(feed.dtype)))
     values = [
-        ir.Value(name=f"w{i}", shape=ir.Shape(a.shape), const_value=ir.Tensor(a, name=f"w{i}"))
+        ir.Value(
+            name=f"w{i}",
+            shape=ir.Shape(a.shape),
+            type=ir.TensorType(ir.DataType.from_numpy(a.dtype)),
+            const_value=ir.Tensor(a, name=f"w{i}"),
+        )
         for i, a in enumerate(inputs)
     ]
     node = ir.node(op, [*values[:feed_index], x, *values[feed_index:]], attributes, domain="com.microsoft")
