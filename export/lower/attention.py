@@ -14,7 +14,7 @@ from onnx_ir.tape import Tape
 from ..layers.semantic import DOMAIN
 from .rewriter import MICROSOFT, attribute, replace_operator
 
-__all__ = ["LoopSegmentAttention", "LowerCachedAttention", "PackSegmentAttention"]
+__all__ = ["LoopSegmentAttention", "LowerCachedAttention", "PackSegmentAttention", "token_offset"]
 
 _SEGMENT_FUNCTION = """
 <domain: "vlmport", opset_import: ["": 23, "com.microsoft": 1]>
@@ -77,7 +77,7 @@ class PackSegmentAttention(InPlacePass):
             q, k, v, bounds = node.inputs
             assert bounds is not None
             if bounds not in offsets:
-                offsets[bounds] = _token_offset(tape, bounds)
+                offsets[bounds] = token_offset(tape, bounds)
             attributes = {name: attribute(node, name) for name in ("num_heads", "scale")}
             inputs = [q, k, v, None, offsets[bounds], bounds]
             return [tape.op("PackedMultiHeadAttention", inputs, attributes, domain=MICROSOFT, version=1)]
@@ -115,7 +115,7 @@ def _lengths(tape: Tape, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
     return last, tape.op("Cast", [total], {"to": ir.DataType.INT32})
 
 
-def _token_offset(tape: Tape, bounds: ir.Value) -> ir.Value:
+def token_offset(tape: Tape, bounds: ir.Value) -> ir.Value:
     """token_offset int32 [segments, longest]: slots of a padded layout, the real ones first, then the padding."""
 
     def ints(*values: int) -> ir.Value:
