@@ -72,9 +72,7 @@ def quantize_package(
         package = Package.open(path)
         if _is_there(package, recipe):
             return package
-        _remove_strays(package)
-        staging = package.path / _STAGING
-        staging.mkdir()
+        staging = _clean_staging(package)
         try:
             manifest = _build(package, recipe, staging, graphs, sources, progress)
             _publish(package.path, staging, manifest)
@@ -173,9 +171,9 @@ def _lossless(package: Package, role: str) -> GraphFile:
         for variant in package.manifest.variants.values():
             if variant.graphs[role].precision == precision:
                 return variant.graphs[role]
+    again = ", or export it again with recipe fp32 among the others" if package.manifest.target == "cpu" else ""
     raise RecipeError(
-        f"{package.path}: no variant holds the {dtype} weights of {role} unchanged; give --checkpoint, "
-        f"or export the checkpoint again with recipe {kept[0]} among the others"
+        f"{package.path}: no variant holds the {dtype} weights of {role} unchanged; give --checkpoint{again}"
     )
 
 
@@ -187,13 +185,21 @@ def _check_place(folder: Path, entry: GraphFile, name: str, tensor: ir.ExternalT
         raise PackageError(f"{folder / entry.graph}: {name} lies outside {entry.data}; export the checkpoint again")
 
 
-def _remove_strays(package: Package) -> None:
-    """Removes what an interrupted run has left: the staging folder, and graph files that no manifest names."""
-    if (package.path / _STAGING).exists():
-        shutil.rmtree(package.path / _STAGING)
-    for file in (package.path / "onnx").iterdir():
-        if _OWN_FILE.fullmatch(file.name) and f"onnx/{file.name}" not in package.manifest.files:
-            file.unlink()
+def _clean_staging(package: Package) -> Path:
+    """An empty staging folder, once what an interrupted run has left is gone: graph files that no manifest names."""
+    staging = package.path / _STAGING
+    try:
+        if staging.exists():
+            shutil.rmtree(staging)
+        for file in (package.path / "onnx").iterdir():
+            if _OWN_FILE.fullmatch(file.name) and f"onnx/{file.name}" not in package.manifest.files:
+                file.unlink()
+        staging.mkdir()
+    except OSError as error:
+        raise PackageError(
+            f"{error.filename}: cannot be changed ({error.strerror}); make the package writable"
+        ) from error
+    return staging
 
 
 @contextmanager

@@ -167,6 +167,13 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     quantize_package(tmp_path / "p", load_recipe("int8"))
 
 
+def test_a_package_that_cannot_be_changed(tmp_path: Path) -> None:
+    make_package(tmp_path / "p", *recipes("fp32"))
+    (tmp_path / "p" / ".quantize").write_text("in the way")
+    with pytest.raises(PackageError, match=r"\.quantize: cannot be changed \(Not a directory\)"):
+        quantize_package(tmp_path / "p", load_recipe("int8"))
+
+
 def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_package(tmp_path / "p", *recipes("fp32"))
     before = content(tmp_path / "p")
