@@ -11,6 +11,7 @@ from ..quant.apply import quantize_package
 from ..quant.recipe import BUILTIN_NAMES, METHODS, Recipe, load_recipe
 from ..runtime.errors import CheckpointError
 from ..runtime.package import Package, file_entry
+from ..validate.selfcheck import write_selfcheck
 from .progress import Progress
 
 __all__ = ["add_arguments", "execute"]
@@ -43,6 +44,8 @@ def execute(args: argparse.Namespace) -> int:
     if recipe.name in before.manifest.variants:
         print(f"{after.path}: has {recipe.name} already; nothing to do")
         return 0
+    if (after.path / "parity" / "golden").is_dir():  # else there is no self-check to extend
+        write_selfcheck(after.path)
     added = sum(entry.size for name, entry in after.manifest.files.items() if name not in before.manifest.files)
     print(
         f"{after.path}: added {recipe.name}, {after.size(recipe.name) / 1e6:.1f} MB "

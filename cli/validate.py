@@ -14,13 +14,14 @@ from ..runtime.errors import InputError
 from ..runtime.package import Package
 from ..validate.compare import StageRow
 from ..validate.gates import DEFAULT_GATES, load_gates
-from ..validate.report import Report, VariantReport, report_json, write_report
+from ..validate.report import Report, VariantReport, report_json, task_lines, task_showcase, write_report
 from .progress import Progress
 from .table import table
 
 __all__ = ["add_arguments", "execute", "render"]
 
 _FOLDER = Path("build", "report")
+_STAGE_HEADER = ["stage", "samples", "max abs", "min cosine", "mean KL", "same", "outcome", "worst", "broken limits"]
 _NUM_NOTES = 12  # notes printed a variant; the report has all
 
 
@@ -62,11 +63,13 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def render(report: Report) -> str:
-    """The report as text: a table with a row a stage for each variant, what went wrong, what was not compared."""
-    parts = [_render_variant(variant) for variant in report.variants]
-    if any(variant.task is not None for variant in report.variants):
-        parts.append(_render_task(report.variants))
-    return "\n\n".join(parts)
+    """The report as text: a table with a row a stage for each variant, what went wrong, what was not compared.
+
+    With a task, one table of answers and two items; stages only where a gate did not pass.
+    """
+    if all(variant.task is not None for variant in report.variants):
+        return _render_task(report)
+    return "\n\n".join(_render_variant(variant) for variant in report.variants)
 
 
 def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, progress: Progress) -> Report | None:
@@ -100,9 +103,8 @@ def _reference(
 
 
 def _render_variant(variant: VariantReport) -> str:
-    header = ["stage", "samples", "max abs", "min cosine", "mean KL", "same", "outcome", "worst", "broken limits"]
     rows = [_render_row(row) for row in variant.rows]
-    lines = [f"{variant.name}: {variant.outcome}", table(header, rows, "<>>>>><")]
+    lines = [f"{variant.name}: {variant.outcome}", table(_STAGE_HEADER, rows, "<>>>>><")]
     notes = [note for row in variant.rows for note in row.notes]
     lines += [f"  {note}" for note in notes[:_NUM_NOTES]]
     if len(notes) > _NUM_NOTES:
@@ -142,40 +144,32 @@ def _render_row(row: StageRow) -> list[str]:
     ]
 
 
-def _render_task(variants: Sequence[VariantReport]) -> str:
-    header = [
-        "variant",
-        "MB",
-        "exact match",
-        "reference",
-        "lost",
-        "gained",
-        "mean KL",
-        "same top-1",
-        "tokens/s",
-        "gate",
+def _render_task(report: Report) -> str:
+    variants = report_json(report)["variants"]
+    header, rows = task_lines(variants)
+    parts = [table(header, rows, "<>>>>>>>")]
+    for item, answers in task_showcase(variants):
+        given = {"expected": item["expected"], "PyTorch": item["reference"], **answers}
+        lines = [[name, _printable(answer)] for name, answer in given.items()]
+        parts.append(f"{item['image']}: {item['question']}\n{_indent(table((), lines))}")
+    broken = [
+        [variant.name, *_render_row(row)]
+        for variant in report.variants
+        for row in variant.rows
+        if row.outcome not in ("PASS", None)
     ]
-    rows: list[list[str]] = []
-    for variant in variants:
-        task = variant.task
-        if task is None:
-            continue
-        values = next((row.values for row in variant.rows if row.stage == "answer_logits"), {})
-        rows.append(
-            [
-                variant.name,
-                f"{variant.size / 1e6:.2f}",
-                f"{task.exact_match:.1%}",
-                f"{task.reference_exact_match:.1%}",
-                str(task.num_lost),
-                str(task.num_gained),
-                _format(values.get("kl_mean"), ".2e"),
-                _format(values.get("same_top1"), ".2%"),
-                f"{task.tokens_per_second:.0f}",
-                variant.outcome,
-            ]
-        )
-    return table(header, rows, "<>>>>>>>>")
+    if broken:
+        parts.append(table(["variant", *_STAGE_HEADER], broken, "<<>>>>><"))
+    return "\n\n".join(parts)
+
+
+def _printable(answer: str) -> str:
+    """One line that cannot steer a terminal: a model may answer with control characters."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in answer.strip().replace("\n", " / "))
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
 
 
 def _format(value: float | None, spec: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from vlmport.cli.main import main
 from vlmport.runtime.errors import PackageError
-from vlmport.runtime.package import Package
+from vlmport.runtime.package import Package, file_entry
 from vlmport.validate.selfcheck import check_selfcheck, write_selfcheck
 
 
@@ -52,8 +52,6 @@ def test_another_result_on_this_box_fails(package, capsys):
     arrays["vision"] = arrays["vision"] * 1.2
     np.savez(folder / "int8.npz", **arrays)
     document = json.loads((folder / "selfcheck.json").read_text())
-    from vlmport.runtime.package import file_entry
-
     document["variants"]["int8"]["sha256"] = file_entry(folder / "int8.npz").sha256
     (folder / "selfcheck.json").write_text(json.dumps(document))
     rows = check_selfcheck(Package.open(package))
@@ -61,6 +59,23 @@ def test_another_result_on_this_box_fails(package, capsys):
     assert {row.outcome for row in rows["fp32"]} == {"PASS"}
     assert main(["verify", str(package)]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_what_another_box_computed_stays(package):
+    folder = package / "parity" / "golden"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "int8.npz").write_bytes(b"damaged")
+    with np.load(folder / "fp32.npz") as stored:
+        arrays = {**stored, "vision": stored["vision"] * (1 + 1e-6)}  # as other kernels would have it
+    np.savez(folder / "fp32.npz", **arrays)
+    document = json.loads((folder / "selfcheck.json").read_text())
+    document["variants"]["fp32"]["sha256"] = file_entry(folder / "fp32.npz").sha256
+    (folder / "selfcheck.json").write_text(json.dumps(document))
+    from_another_box = (folder / "fp32.npz").read_bytes()
+    write_selfcheck(package)
+    assert (folder / "fp32.npz").read_bytes() == from_another_box
+    assert (folder / "int8.npz").read_bytes() == before["int8.npz"]
+    assert set(check_selfcheck(Package.open(package))) == {"fp32", "int8", "int4"}
 
 
 def damage_graph(package):
@@ -85,8 +100,6 @@ def unknown_field(package):
 def pickled(package):
     folder = package / "parity" / "golden"
     np.savez(folder / "fp32.npz", vision=np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    from vlmport.runtime.package import file_entry
-
     document = json.loads((folder / "selfcheck.json").read_text())
     document["variants"]["fp32"]["sha256"] = file_entry(folder / "fp32.npz").sha256
     (folder / "selfcheck.json").write_text(json.dumps(document))

@@ -92,7 +92,7 @@ def test_flips_count_in_both_directions():
     assert (found.num_changed, found.changed) == (3, 0.75)
     assert found.by_kind == {"k0": 1.0, "k1": 0.0}
     assert found.tokens_per_second == pytest.approx(20.0)
-    assert found.examples[0]["expected"] == "2"
+    assert [answer["expected"] for answer in found.answers] == ["1", "2", "3", "4"]
 
 
 def test_white_space_at_the_ends_is_no_part_of_an_answer():
@@ -113,6 +113,8 @@ def test_float32_answers_as_pytorch_does(package_tiny_b, tmp_path, capsys):
     main(arguments)
     printed = capsys.readouterr().out
     assert "exact match" in printed
+    assert printed.count("What?") == 2  # two items, with each variant's answer
+    assert printed.count("PyTorch") == 2
     document_ = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     float32, int4 = document_["variants"]
     assert float32["outcome"] == "PASS"

@@ -29,6 +29,8 @@ __all__ = [
     "manifest_sha256",
     "markdown",
     "report_json",
+    "task_lines",
+    "task_showcase",
     "versions",
     "worst_examples",
     "write_report",
@@ -67,7 +69,7 @@ class TaskScore:
     num_changed: int  # answers that are not the reference's, right or wrong
     changed: float
     tokens_per_second: float  # decoding, free-running
-    examples: tuple[Mapping[str, str], ...]  # of changed answers: id, question, expected, reference, answer
+    answers: tuple[Mapping[str, str], ...]  # by item: id, kind, image, question, expected, reference, answer
 
 
 @dataclass(frozen=True)
@@ -186,29 +188,55 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"Manifest sha256 `{package['manifest_sha256']}`. Gates: {document['gates']['origin']}.",
         "",
     ]
-    if any(variant["task"] for variant in document["variants"]):
-        lines += [*_task_table(document["variants"]), ""]
+    if all(variant["task"] for variant in document["variants"]):
+        lines += [*_task_section(document["variants"]), ""]
     for variant in document["variants"]:
         lines += [*_variant_section(variant), ""]
     lines += ["## Versions", "", ", ".join(f"{name} {version}" for name, version in document["versions"].items()), ""]
     return "\n".join(lines)
 
 
-def _task_table(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [
-        "| variant | size | exact match | reference | lost / gained | mean KL | same top-1 | tokens/s | gate |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def task_lines(variants: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of the table of a task, one row a variant, from the report's JSON."""
+    header = ("variant", "MB", "exact match", "reference", "flipped", "mean KL", "same top-1", "tokens/s", "gate")
+    rows: list[tuple[str, ...]] = []
     for variant in variants:
         task = variant["task"]
-        if task:
-            decode = next((row["values"] for row in variant["rows"] if row["stage"] == "answer_logits"), {})
-            lines.append(
-                f"| {variant['name']} | {variant['size'] / 1e6:.2f} MB | {task['exact_match']:.1%} "
-                f"| {task['reference_exact_match']:.1%} | {task['num_lost']} / {task['num_gained']} "
-                f"| {_number(decode.get('kl_mean'))} | {_number(decode.get('same_top1'))} "
-                f"| {task['tokens_per_second']:.0f} | {variant['outcome']} |"
-            )
+        values = next((row["values"] for row in variant["rows"] if row["stage"] == "answer_logits"), {})
+        row = (
+            variant["name"],
+            f"{variant['size'] / 1e6:.2f}",
+            f"{task['exact_match']:.1%}",
+            f"{task['reference_exact_match']:.1%}",
+            f"{task['num_lost'] + task['num_gained']} of {task['num_items']}",
+            _number(values.get("kl_mean")),
+            f"{values['same_top1']:.2%}" if "same_top1" in values else "",
+            f"{task['tokens_per_second']:.0f}",
+            variant["outcome"],
+        )
+        rows.append(row)
+    return header, rows
+
+
+def task_showcase(
+    variants: Sequence[Mapping[str, Any]], num: int = 2
+) -> list[tuple[Mapping[str, str], dict[str, str]]]:
+    """A few items with the answer of each variant. Items on which the variants differ come first."""
+    answers = {variant["name"]: variant["task"]["answers"] for variant in variants}
+    items: Sequence[Mapping[str, str]] = next(iter(answers.values()))
+    found = [
+        (item, {name: given[number]["answer"] for name, given in answers.items()}) for number, item in enumerate(items)
+    ]
+    return sorted(found, key=lambda pair: len({pair[0]["reference"], *pair[1].values()}) == 1)[:num]
+
+
+def _task_section(variants: Sequence[Mapping[str, Any]]) -> list[str]:
+    header, rows = task_lines(variants)
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    for item, answers in task_showcase(variants):
+        lines += ["", f"{item['id']}, `{item['image']}`: {item['question']}", ""]
+        given = {"expected": item["expected"], "PyTorch": item["reference"], **answers}
+        lines += [f"- {name}: `{answer!r}`" for name, answer in given.items()]
     return lines
 
 

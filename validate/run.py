@@ -132,7 +132,7 @@ def _task_row(scored: TaskScore, gates: GateTable, column: str) -> StageRow:
         column=column,
         num_samples=scored.num_items,
         values=values,
-        worst_sample=scored.examples[0]["id"] if scored.examples else "",
+        worst_sample=next((a["id"] for a in scored.answers if a["answer"].strip() != a["reference"].strip()), ""),
         gates=judge(gates, column, "task", "answers", values),
         notes=(),
     )

@@ -89,27 +89,31 @@ class _Document:
 
 
 def write_selfcheck(path: Path, progress: Progress | None = None) -> None:
-    """Runs every variant of a package once and keeps what it computed. Replaces an older self-check whole."""
+    """Runs each variant of a package once and keeps what it computed.
+
+    What an older self-check holds of variants that are still the same stays: it may come from another box.
+    """
     package = Package.open(path)
     folder = path.joinpath(*_FOLDER)
     fresh = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    content: list[dict[str, Any]] = [{"type": "text", "text": "Describe the picture."}]
-    picture = package.manifest.image is not None
-    if picture:
-        draw_picture(20, 112, 84).save(fresh / _PICTURE)
-        content.insert(0, {"type": "image", "image": _PICTURE})
-    messages = ({"role": "user", "content": content},)
+    messages = _request(package, fresh)
+    picture = fresh / _PICTURE
+    picture_sha256 = file_entry(picture).sha256 if picture.is_file() else None
+    kept = _still_true(package, folder, _Document(SELFCHECK_SCHEMA, messages, picture_sha256))
     variants: dict[str, _Stored] = {}
     for number, name in enumerate(package.manifest.variants):
         if progress is not None:
             progress(number, len(package.manifest.variants), f"self-check, {name}")
+        arrays_file = fresh / f"{name}.npz"
+        if name in kept:
+            shutil.copyfile(folder / kept[name].arrays, arrays_file)
+            variants[name] = kept[name]
+            continue
         arrays, ids = _compute(package, name, messages, fresh, None)
-        np.savez(fresh / f"{name}.npz", allow_pickle=False, **arrays)
-        sha256 = file_entry(fresh / f"{name}.npz").sha256
-        variants[name] = _Stored(f"{name}.npz", sha256, _graphs(package, name), ids)
-    picture_sha256 = file_entry(fresh / _PICTURE).sha256 if picture else None
+        np.savez(arrays_file, allow_pickle=False, **arrays)
+        variants[name] = _Stored(arrays_file.name, file_entry(arrays_file).sha256, _graphs(package, name), ids)
     document = _Document(SELFCHECK_SCHEMA, messages, picture_sha256, variants)
     (fresh / _FILE).write_text(json.dumps(to_json(document), indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -136,6 +140,34 @@ def check_selfcheck(
     if progress is not None:
         progress(1, 1, "self-check")
     return results
+
+
+def _request(package: Package, folder: Path) -> tuple[dict[str, Any], ...]:
+    """The question, about a picture in `folder` where the package can see."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": "Describe the picture."}]
+    if package.manifest.image is not None:
+        draw_picture(20, 112, 84).save(folder / _PICTURE)
+        content.insert(0, {"type": "image", "image": _PICTURE})
+    return ({"role": "user", "content": content},)
+
+
+def _still_true(package: Package, folder: Path, asked: _Document) -> dict[str, _Stored]:
+    """Variants of an older self-check that asked the same of the same graphs, and whose arrays are whole."""
+    try:
+        older = _read(folder)
+    except PackageError:  # none, or a damaged one
+        return {}
+    if (older.messages, older.picture_sha256) != (asked.messages, asked.picture_sha256):
+        return {}
+    return {
+        name: stored
+        for name, stored in older.variants.items()
+        if name in package.manifest.variants
+        and stored.arrays == f"{name}.npz"
+        and stored.graphs == _graphs(package, name)
+        and (folder / stored.arrays).is_file()
+        and file_entry(folder / stored.arrays).sha256 == stored.sha256
+    }
 
 
 def _check_variant(package: Package, name: str, folder: Path, document: _Document) -> tuple[StageRow, ...]:

@@ -29,7 +29,6 @@ from .stages import logits_without_cache
 __all__ = ["TASK_SCHEMA", "Answer", "Item", "Task", "ask", "load_task", "score", "task_samples"]
 
 TASK_SCHEMA = "vlmport-task/1"
-_NUM_EXAMPLES = 10
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def score(task: Task, answers: Sequence[Answer]) -> TaskScore:
         num_changed=len(changed),
         changed=len(changed) / count,
         tokens_per_second=sum(answer.num_tokens for answer in answers) / seconds if seconds > 0 else 0.0,
-        examples=tuple(_example(answer) for answer in [*lost, *gained, *changed][:_NUM_EXAMPLES]),
+        answers=tuple(_record(answer) for answer in answers),
     )
 
 
@@ -172,10 +171,11 @@ def _answer(model: Model, prepared: Prepared, sample: Sample) -> Generation:
     return model.stream_prepared(prepared, options).finish()
 
 
-def _example(answer: Answer) -> dict[str, str]:
+def _record(answer: Answer) -> dict[str, str]:
     return {
         "id": answer.item.id,
         "kind": answer.item.kind,
+        "image": answer.item.image,
         "question": answer.item.question,
         "expected": answer.item.answer,
         "reference": answer.reference_text,
