@@ -4,16 +4,15 @@ Everything is written to a temporary sibling of the output, synced and renamed: 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from ..quant.recipe import Recipe, file_stem, precision_label
-from ..quant.rewrite import rewrite
-from ..quant.store import WrittenGraph, write_graph
+from ..quant.recipe import Recipe
+from ..quant.store import Progress
+from ..quant.variant import write_variant
 from ..runtime.manifest import SCHEMA, CacheSpec, FileEntry, Manifest, Source, Variant
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
-from ..runtime.schema import to_json
 from .documents import collect_documents
 from .family import ManifestParts
 from .graphs import FloatGraphs, float_graphs
@@ -22,7 +21,6 @@ from .output import check_output, whole_folder
 
 __all__ = ["export_checkpoint"]
 
-Progress = Callable[[int, int, str], None]
 _VERSIONS = ("vlmport", "torch", "onnx", "onnx-ir", "onnxscript", "numpy")
 
 
@@ -59,28 +57,14 @@ def export_checkpoint(
 def _write_variants(
     graphs: FloatGraphs, recipes: Sequence[Recipe], folder: Path, progress: Progress
 ) -> tuple[dict[str, Variant], dict[str, FileEntry]]:
-    """Variants by name, and the files under onnx/. A graph that two recipes store alike is written once."""
+    """Variants by name, and the files under onnx/."""
     folder.mkdir()
-    done: dict[str, WrittenGraph] = {}
     variants: dict[str, Variant] = {}
+    files: dict[str, FileEntry] = {}
     for recipe in recipes:
-        files = {}
-        for role, graph in graphs.graphs.items():
-            label = precision_label(recipe, role)
-            stem = file_stem(role, label)
-            if stem not in done:
-                model = graph.clone()
-                stored = rewrite(model, role, recipe)
-                report = _labelled(progress, stem)
-                done[stem] = write_graph(model, stored, graphs.sources[role], folder, stem, report)
-            files[role] = done[stem].graph_file(label)
-        variants[recipe.name] = Variant(recipe.name, to_json(recipe), files)
-    written = {f"onnx/{name}": entry for graph in done.values() for name, entry in graph.files.items()}
-    return variants, written
-
-
-def _labelled(progress: Progress, stem: str) -> Progress:
-    return lambda done, total, what: progress(done, total, f"{stem} {what}")
+        variants[recipe.name], new = write_variant(recipe, graphs.graphs, variants, graphs.open_role, folder, progress)
+        files |= new
+    return variants, files
 
 
 def _manifest(

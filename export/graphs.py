@@ -25,6 +25,10 @@ class FloatGraphs:
     sources: Mapping[str, WeightSource]
     num_parameters: int
 
+    def open_role(self, role: str) -> tuple[ir.Model, WeightSource]:
+        """A copy of the role's graph to change, and its weights."""
+        return self.graphs[role].clone(), self.sources[role]
+
 
 def float_graphs(path: str | Path, target: Target, progress: Callable[[str], None] = lambda what: None) -> FloatGraphs:
     """Traces and lowers every role of a checkpoint, and finds a tensor for each parameter.

@@ -19,12 +19,13 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
 from ..runtime.errors import PackageError, RecipeError
-from ..runtime.manifest import ROLES, FileEntry, GraphFile, Manifest, Variant
+from ..runtime.manifest import ROLES, GraphFile, Manifest
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
 from ..runtime.schema import to_json
-from .recipe import Recipe, file_stem, precision_label
-from .rewrite import restore_float, rewrite
-from .store import Progress, WeightSource, write_graph
+from .recipe import Recipe
+from .rewrite import restore_float
+from .store import Progress, WeightSource
+from .variant import write_variant
 
 __all__ = ["GraphSource", "open_float_graph", "quantize_package"]
 
@@ -129,23 +130,13 @@ def _build(
 ) -> Manifest:
     """Writes the files that are not in the package yet into `staging`; gives the manifest with the new variant."""
     manifest = package.manifest
-    entries: dict[str, GraphFile] = {}
-    files: dict[str, FileEntry] = {}
-    for role in manifest.roles:
-        label = precision_label(recipe, role)
-        shared = [v.graphs[role] for v in manifest.variants.values() if v.graphs[role].precision == label]
-        if shared:
-            entries[role] = shared[0]
-            continue
+
+    def open_role(role: str) -> tuple[ir.Model, WeightSource]:
         if graphs is not None and sources is not None:
-            model, source = graphs[role].clone(), sources[role]
-        else:
-            model, source = open_float_graph(package, role)
-        stored = rewrite(model, role, recipe)
-        written = write_graph(model, stored, source, staging, file_stem(role, label), progress)
-        entries[role] = written.graph_file(label)
-        files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
-    variant = Variant(recipe.name, to_json(recipe), entries)
+            return graphs[role].clone(), sources[role]
+        return open_float_graph(package, role)
+
+    variant, files = write_variant(recipe, manifest.roles, manifest.variants, open_role, staging, progress)
     variants = manifest.variants | {recipe.name: variant}
     return dataclasses.replace(manifest, variants=variants, files=dict(sorted((manifest.files | files).items())))
 

@@ -24,10 +24,17 @@ __all__ = ["Reference", "load"]
 
 Array = NDArray[Any]
 _IMAGE, _VIDEO = 1, 2  # mm_token_type_ids
+_PREPROCESSOR = "preprocessor_config.json"
 
 
 def load(folder: Path) -> "Reference":
-    """The checkpoint in float32 with eager attention, from local files. Raises CheckpointError for missing tensors."""
+    """The checkpoint in float32 with eager attention, from local files.
+
+    Raises CheckpointError for missing tensors or a missing preprocessor_config.json. Truncated files are the caller's
+    to find: export.checkpoint.Checkpoint.open does.
+    """
+    if not (folder / _PREPROCESSOR).is_file():
+        raise CheckpointError(f"{folder / _PREPROCESSOR}: missing; download the checkpoint again")
     shows_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # the command has one of its own
     try:
