@@ -149,18 +149,30 @@ def test_every_family_has_a_reference_that_can_be_imported(name):
     assert callable(importlib.import_module(f"vlmport.export.families.{adapter}").load)
 
 
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
 @pytest.mark.parametrize(
-    ("write", "words"),
+    ("damage", "words"),
     [
-        (lambda folder: None, "missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "nothing"}'), "not supported"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "preprocessor_config.json: missing"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (truncate, "truncated"),
+        (shutil.rmtree, "no such folder"),
     ],
 )
-def test_what_is_no_checkpoint(write, words, tmp_path):
-    write(tmp_path)
+def test_a_damaged_checkpoint_is_one_line_and_status_2(damage, words, package_tiny_b, tmp_path, capsys):
+    checkpoint = shutil.copytree(GOLDENS / "tiny_b", tmp_path / "checkpoint")
+    damage(checkpoint)
     with pytest.raises(CheckpointError, match=words):
-        load_reference(tmp_path)
+        load_reference(checkpoint)
+    assert main(["validate", str(package_tiny_b), "--reference", str(checkpoint)]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_command_writes_the_report_where_it_says(package_tiny_b, tmp_path, capsys):

@@ -97,6 +97,7 @@ def test_flips_count_in_both_directions():
 
 def test_white_space_at_the_ends_is_no_part_of_an_answer():
     assert scored(("a b", " a b\n", "a b")).changed == 0
+    assert scored(("a b", "a b", " a b\n")).exact_match == 1
     assert scored(("a b", "a b", "a  b")).exact_match == 0
 
 

@@ -6,7 +6,6 @@ prepared, so that each stage is compared on equal inputs of the stage before.
 """
 
 import importlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,23 +67,17 @@ class ReferenceRun:
             return {name: stored[name] for name in stored.files}
 
 
-def load_reference(checkpoint: Path) -> ReferenceModel:
+def load_reference(folder: Path) -> ReferenceModel:
     """The checkpoint by the adapter that its family names. Raises CheckpointError."""
-    from ..export.family import family_of  # torch is needed from here on, and only by this command
+    from ..export.checkpoint import Checkpoint  # torch is needed from here on, and only by this command
+    from ..export.family import family_of
 
-    file = checkpoint / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: missing; --reference takes the folder of a checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not JSON: {error}") from error
-    family = family_of(config, file)
+    checkpoint = Checkpoint.open(folder)
+    family = family_of(checkpoint.config, folder / "config.json")
     if family.reference is None:
-        raise CheckpointError(f"{checkpoint}: family {family.name} has no reference; compare with --golden instead")
-    package = importlib.import_module("..export.families", __package__)
-    adapter = importlib.import_module(f"{package.__name__}.{family.reference}")
-    reference: ReferenceModel = adapter.load(checkpoint)
+        raise CheckpointError(f"{folder}: family {family.name} has no reference; compare with --golden instead")
+    adapter = importlib.import_module(f"..export.families.{family.reference}", __package__)
+    reference: ReferenceModel = adapter.load(folder)
     return reference
 
 
