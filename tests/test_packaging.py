@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import shutil
 import subprocess
@@ -169,8 +170,13 @@ def test_ci_calls_lint_and_test_and_no_more() -> None:
 def dry_run(*arguments: str) -> list[str]:
     """What make would do in a tree that is installed."""
     command = ["make", "-n", "-o", ".venv/.installed", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60, check=True)
     return done.stdout.splitlines()
+
+
+def environment() -> dict[str, str]:
+    """Without what an outer `make test` hands down: its options and variables are not ours."""
+    return {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
 
 
 def test_make_export_takes_its_variables() -> None:
@@ -192,7 +198,9 @@ def test_too_old_a_python_is_told_before_anything_is_made(tmp_path: Path) -> Non
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     command = ["make", "test", "PYTHON=false"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == 2
     assert "vlmport needs Python 3.11 or later" in done.stderr
     assert not (tmp_path / ".venv").exists()
