@@ -5,6 +5,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A busy box is no reason to fail: time is not what the properties are about.
+settings.register_profile("house", deadline=None)
+settings.load_profile("house")
 
 GOLDENS = Path(__file__).parent / "goldens"
 RECIPES = ("fp32", "int8", "int4")

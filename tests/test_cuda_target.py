@@ -1,7 +1,8 @@
-"""The cuda target, as far as a box without a GPU can tell: the graphs are sound, and everything but the CUDA kernels computes.
+"""The cuda target, as far as a box without a GPU can tell: sound graphs, and all but the CUDA kernels computes.
 
-The decoder runs whole on the CPU provider, which has float16 kernels or casts for all of its operators. The vision encoder's
-packed attention has no CPU kernel: its offsets are checked by themselves, and the rest runs with the CPU's attention put in.
+The decoder runs whole on the CPU provider, which has float16 kernels or casts for all of its operators. The vision
+encoder's packed attention has no CPU kernel: its offsets are checked by themselves, and the rest runs with the CPU's
+attention put in.
 """
 
 from pathlib import Path
