@@ -30,7 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     against = parser.add_mutually_exclusive_group(required=True)
     against.add_argument("--reference", metavar="CHECKPOINT", type=Path, help="checkpoint to run in PyTorch")
     against.add_argument("--golden", metavar="DIR", type=Path, help="golden folder, or a folder of golden folders")
-    parser.add_argument("--variant", metavar="V", nargs="+", action="extend", help="variants (default: all)")
+    parser.add_argument(
+        "--variant",
+        metavar="V",
+        nargs="+",
+        action="extend",
+        help="variants (default: all, or the first of a package with --golden)",
+    )
     parser.add_argument("--task", metavar="DIR", type=Path, help="with --reference: task folder, for exact match")
     parser.add_argument("--report", metavar="DIR", type=Path, default=_FOLDER, help=f"default: {_FOLDER}")
     parser.add_argument("--gates", metavar="FILE", type=Path, help="JSON that replaces limits of the built-in table")
@@ -39,9 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     package = Package.open(args.package)
-    variants = tuple(dict.fromkeys(args.variant or package.manifest.variants))
-    for name in variants:
-        package.variant(name)
+    default = [package.variant().name] if args.golden is not None else package.manifest.variants
+    variants = tuple(package.variant(name).name for name in dict.fromkeys(args.variant or default))
     if args.task is not None and args.reference is None:
         raise InputError("--task: answers are compared with those of a reference; add --reference CHECKPOINT")
     gates = DEFAULT_GATES if args.gates is None else load_gates(args.gates)

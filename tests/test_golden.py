@@ -209,6 +209,13 @@ def test_statistics_stand_in_for_a_tensor_that_is_not_stored(folder, package_tin
     edit(folder, lambda d: d["cases"]["image_upscale"]["hashes"]["vision"].update(max=array.max() + 1e-2))
     rows = {row.stage: row for row in validated(package_tiny_b, folder).rows}
     assert rows["vision (mean, std, min, max)"].outcome == "FAIL"
+    edit(
+        folder,
+        lambda d: [d["cases"]["image_upscale"]["hashes"]["vision"].pop(k) for k in ("mean", "std", "min", "max")],
+    )
+    edit(folder, lambda d: d["cases"]["image_upscale"]["hashes"]["vision"].update(sha256_f32="0" * 64))
+    said = {record.stage: record.reason for record in validated(package_tiny_b, folder).not_compared}
+    assert "no bits to compare" in said["vision (hash)"]
 
 
 def test_unknown_alternatives_and_other_kinds_of_requests_are_listed(folder, package_tiny_b):
@@ -253,16 +260,17 @@ def test_the_command_prints_a_row_a_stage_and_its_status(package_tiny_b, folder,
     package = shutil.copytree(package_tiny_b, tmp_path / "package")
     only(folder, "image_upscale")
     arguments = ["validate", str(package), "--golden", str(folder), "--report", str(tmp_path / "report")]
-    assert main([*arguments, "--variant", "fp32"]) == 0
+    assert main(arguments) == 0  # of the first variant alone
     printed = capsys.readouterr().out
     assert "max abs" in printed
     assert "min cosine" in printed
-    assert "PASS" in printed
+    assert "fp32: PASS" in printed
+    assert "int4" not in printed
     edit(folder, lambda document: document["cases"]["image_upscale"]["generated_ids"].__setitem__(0, 0))
-    assert main([*arguments, "--variant", "fp32", "--json"]) == 1
+    assert main([*arguments, "--variant", "fp32", "int8", "--json"]) == 1
     document = json.loads(capsys.readouterr().out)
     assert document["outcome"] == "FAIL"
-    assert document["variants"][0]["name"] == "fp32"
+    assert [variant["name"] for variant in document["variants"]] == ["fp32", "int8"]
 
 
 def test_only_folders_of_the_package_s_own_checkpoint_count(package_tiny_b, folder, tmp_path, capsys):
