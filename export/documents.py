@@ -1,5 +1,6 @@
 """The checkpoint's own files that go into a package, and what they say about generation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.errors import CheckpointError
@@ -8,7 +9,7 @@ from .checkpoint import Checkpoint
 from .family import Json
 from .fields import read_field
 
-__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults"]
+__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults", "image_processor"]
 
 TEMPLATE = "chat_template.jinja"
 DOCUMENTS = (
@@ -17,6 +18,7 @@ DOCUMENTS = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -48,6 +50,20 @@ def chat_template(checkpoint: Checkpoint) -> str:
     raise CheckpointError(
         f"{checkpoint.path}: has no chat template ({TEMPLATE}, chat_template.json or tokenizer_config.json)"
     )
+
+
+def image_processor(documents: Mapping[str, Json]) -> Json:
+    """Settings of the image processor: preprocessor_config.json, or as transformers 5 saves them.
+
+    Raises CheckpointError where the checkpoint has neither: sizes and colours that are guessed change answers.
+    """
+    own = documents.get("preprocessor_config.json") or documents.get("processor_config.json", {}).get("image_processor")
+    if not isinstance(own, dict):
+        raise CheckpointError(
+            "preprocessor_config.json: missing (and no image_processor in processor_config.json); "
+            "copy it from the checkpoint that this one was tuned from"
+        )
+    return own
 
 
 def generation_defaults(generation: Json, fallback_eos: Any) -> GenerationDefaults:

@@ -95,6 +95,25 @@ def test_export_is_the_same_to_the_byte_every_time(package_tiny_b: Path, tmp_pat
     assert again.manifest == first.manifest
 
 
+def test_a_checkpoint_saved_again_by_transformers_gives_the_same_graphs(tmp_path: Path, package_tiny_a: Path) -> None:
+    """What a fine-tune saves: nested config, other dtype field, names as transformers 5 writes them, two shards."""
+    transformers = pytest.importorskip("transformers")
+    folder = checkpoint_copy(tmp_path / "checkpoint")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype="float32")
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).unlink()
+    model.save_pretrained(folder, max_shard_size="1MB")
+    assert "text_config" in json.loads((folder / "config.json").read_text())
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    package = export_checkpoint(folder, tmp_path / "package", FP32)
+    before = Package.open(package_tiny_a).manifest
+    assert package.manifest.variants["fp32"] == before.variants["fp32"]
+    graphs = {name: entry for name, entry in package.manifest.files.items() if name.startswith("onnx/")}
+    assert graphs == {name: before.files[name] for name in graphs}
+    for part in ("image", "video", "vision", "prompt", "positions", "cache"):
+        assert getattr(package.manifest, part) == getattr(before, part), part
+
+
 # Whole or not there
 
 
@@ -165,6 +184,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     [
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
         (lambda f: [p.unlink() for p in f.glob("*template*")] + [drop_template(f)], "no chat template"),
+        (lambda f: (f / "preprocessor_config.json").unlink(), "preprocessor_config.json: missing"),
         (lambda f: edit_config(f, model_type="banana"), "'banana' is not supported; known ones are"),
         (lambda f: edit_config(f, intermediate_size=96), "config.json implies"),
         (lambda f: edit_config(f, num_hidden_layers=2), "unexpected model.language_model.layers.2"),

@@ -177,5 +177,7 @@ def test_both_config_layouts_mean_the_same() -> None:
             assert {name: values.shape for name, values in names.items()} == {n: v.shape for n, v in again.items()}
             for name in names:
                 assert first[role].tensor(name, (2, 2)) == second[role].tensor(name, (2, 2))
-        documents: dict[str, Any] = {}
-        assert spec.manifest(flat, documents) == spec.manifest(nested, documents)
+        documents: dict[str, Any] = {"preprocessor_config.json": {"min_pixels": 3136, "max_pixels": 100352}}
+        nested_processor = {"size": {"shortest_edge": 3136, "longest_edge": 100352}}
+        newer = {"processor_config.json": {"image_processor": nested_processor}}
+        assert spec.manifest(flat, documents) == spec.manifest(nested, newer)

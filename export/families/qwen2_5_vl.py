@@ -20,7 +20,7 @@ from ...runtime.manifest import (
     VideoSpec,
     VisionSpec,
 )
-from ..documents import generation_defaults
+from ..documents import generation_defaults, image_processor
 from ..family import FamilySpec, Json, ManifestParts, Port, RoleSpec, TensorRef
 from ..fields import read_field, read_fields
 from ..layers import (
@@ -333,7 +333,7 @@ def manifest_parts(
     decoder = decoder_config(config)
     unit = (patch * merge) ** 2  # pixels of one merge block
     return ManifestParts(
-        image=image_spec(documents.get("preprocessor_config.json", {}), patch, merge, frames),
+        image=image_spec(image_processor(documents), patch, merge, frames),
         video=VideoSpec(
             sampling="linspace",
             fps=2.0,
