@@ -182,4 +182,5 @@ def test_the_command_writes_the_report_where_it_says(package_tiny_b, tmp_path, c
     assert "prefill_logits" in capsys.readouterr().out
     document = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert document["mode"] == "reference"
+    assert document["provider"] == "CPUExecutionProvider"
     assert (package / "parity" / "report.json").is_file()

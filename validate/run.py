@@ -22,7 +22,6 @@ __all__ = ["made_from", "validate_golden", "validate_reference"]
 
 Progress = Callable[[int, int, str], None]
 _NUM_DETAILED = 8  # items of a task that are compared at every stage; all are at their answers
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 
 def validate_golden(
@@ -30,6 +29,7 @@ def validate_golden(
 ) -> Report:
     """Each variant against every case of the golden folders, of which there is at least one."""
     reports: list[VariantReport] = []
+    provider = ""
     for name in variants:
         started = time.perf_counter()
         # Golden activations are of unit scale, so float32 is held to absolute limits.
@@ -48,11 +48,12 @@ def validate_golden(
 
             for golden in goldens:
                 records += compare_golden(golden, load, gates.tie_margin[columns["generation"]], progress)
+            provider = _provider(load(None))
         rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
         reports.append(_variant_report(package, name, records, rows, started))
     reference = {"golden": ", ".join(golden.path.name for golden in goldens), "upstream": goldens[0].upstream}
     samples = [f"{golden.path.name}/{case}" for golden in goldens for case in golden.cases]
-    return _report("golden", reference, package, samples, gates, reports)
+    return _report("golden", reference, package, provider, samples, gates, reports)
 
 
 def validate_reference(
@@ -69,6 +70,7 @@ def validate_reference(
     positions = package.manifest.positions
     rule = reference.video_rule if positions is not None and positions.video_rule is not None else None
     reports: list[VariantReport] = []
+    provider = ""
     num_detailed = len(samples) if task is None else _NUM_DETAILED
     with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
         with Model.load(package.path, variants[0], video_rule=rule) as model:
@@ -78,6 +80,7 @@ def validate_reference(
             columns = stage_columns(package.variant(name))
             with Model.load(package.path, name, video_rule=rule) as model:
                 records, scored = _run_variant(model, name, runs, num_detailed, task, gates, columns, progress)
+                provider = _provider(model)
             rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
             if scored is not None:
                 rows += (_task_row(scored, gates, columns["task"]),)
@@ -85,13 +88,18 @@ def validate_reference(
     about = {"checkpoint": checkpoint.name, "positions": rule or "one rule only"}
     if task is not None:
         about["task"] = task.name
-    return _report("reference", about, package, [sample.id for sample in samples], gates, reports)
+    return _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
 
 
 def made_from(package: Package, checkpoint: Path) -> bool:
     """Whether the weight files of a checkpoint folder are those that the package was made from, by sha256."""
     files = [path for path in sorted(checkpoint.glob("*.safetensors")) if path.name in package.manifest.source.files]
     return bool(files) and all(file_entry(path) == package.manifest.source.files[path.name] for path in files)
+
+
+def _provider(model: Model) -> str:
+    """What ONNX Runtime runs the graphs with, as the session says."""
+    return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])
 
 
 def _run_variant(
@@ -162,6 +170,7 @@ def _report(
     mode: Literal["golden", "reference"],
     reference: Mapping[str, str],
     package: Package,
+    provider: str,
     samples: Sequence[str],
     gates: GateTable,
     reports: Sequence[VariantReport],
@@ -171,7 +180,7 @@ def _report(
         reference=reference,
         package=package,
         manifest_sha256=manifest_sha256(package),
-        provider=_PROVIDERS[package.manifest.target],
+        provider=provider,
         versions=versions(),
         samples=tuple(samples),
         gates=gates,
