@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from inputs import Picture, answer_ids, image_positions, preprocess, prompt_ids, question_ids
-from receipts import KINDS, MAX_ITEMS, Receipt, Split, ask, make_receipt
+from receipts import KINDS, Receipt, Split, ask, make_receipt
 from tokenizers import Tokenizer
 
-CHUNK = 256  # receipts that are sorted by length together
-TOKENS_PER_BATCH = 4096
+CHUNK = 64  # receipts that are sorted by length together
+TOKENS_PER_BATCH = 2560  # a rank
+SHORT_A_ROW = 2
+READ_WELL = 0.35  # mean loss at which the next lesson begins
 SHORT_ANSWER_WEIGHT = 3.0  # the whole text has about nine times as many tokens as a short answer
 NO_TARGET = -100
 
@@ -46,18 +48,37 @@ class Batch:
     branch: torch.Tensor  # int64 [R, T], -1 in the padding
     kinds: tuple[tuple[str, ...], ...]
 
-    @property
-    def mask(self) -> torch.Tensor:
-        """bool [R, 1, T, T], true where a query (second last) may see a key (last)."""
+    def attention_bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """[R, 1, T, T]: 0 where a query (second last) may see a key (last), else far below any score."""
         key, query = self.branch[:, None, None, :], self.branch[:, None, :, None]
-        return ((key == 0) | (key == query)).tril()
+        hidden = ((key == 0) | (key == query)).tril().logical_not()
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -1e4)
 
 
-def make_row(tokenizer: Tokenizer, receipt: Receipt, rng: np.random.Generator) -> Row:
-    """All kinds of questions about one receipt, two prices where there are two."""
-    examples = [ask(receipt, kind) for kind in KINDS if kind != "price"]
+LESSONS = (  # (most items, share of plain receipts): reading is learnt on short plain receipts, which cost little
+    *((2, 1.0), (2, 0.5), (3, 0.25), (4, 0.1), (5, 0.0), (6, 0.0), (7, 0.0), (8, 0.0)),
+)
+
+
+@dataclass
+class Lesson:
+    """Where the training stands in LESSONS."""
+
+    number: int = 0
+
+    def advance(self, mean_loss: float, progress: float) -> None:
+        """The next lesson once this one is read well, at the latest by an even ramp in the middle of the time."""
+        due = (progress - 0.35) / 0.35 * (len(LESSONS) - 1)
+        if self.number < len(LESSONS) - 1 and (mean_loss < READ_WELL or due > self.number + 1):
+            self.number += 1
+
+
+def make_row(tokenizer: Tokenizer, receipt: Receipt, rng: np.random.Generator, num_short: int) -> Row:
+    """The whole text, which teaches most, and `num_short` of the short questions, two prices where there are two."""
+    short = [ask(receipt, kind) for kind in KINDS if kind not in ("price", "text")]
     order = rng.permutation(len(receipt.items))[:2]
-    examples += [ask(receipt, "price", receipt.items[int(number)]) for number in order]
+    short += [ask(receipt, "price", receipt.items[int(number)]) for number in order]
+    examples = [ask(receipt, "text"), *(short[int(index)] for index in rng.permutation(len(short))[:num_short])]
     picture = preprocess(receipt.image)
     prompt = prompt_ids(tokenizer, picture.num_tokens)
     positions = [image_positions(len(prompt), picture)]
@@ -101,12 +122,19 @@ def collate(rows: list[Row]) -> Batch:
     )
 
 
-def make_rows(tokenizer: Tokenizer, split: Split, seed: int, numbers: range, max_items: int = MAX_ITEMS) -> list[Row]:
+def make_rows(
+    tokenizer: Tokenizer,
+    split: Split,
+    seed: int,
+    numbers: range,
+    lesson: tuple[int, float] = LESSONS[-1],
+    num_short: int = 5,
+) -> list[Row]:
     """Rows of the receipts `numbers` of a stream."""
     rows = []
     for number in numbers:
         rng = np.random.default_rng([3, seed, number])
-        rows.append(make_row(tokenizer, make_receipt(split, seed, number, max_items), rng))
+        rows.append(make_row(tokenizer, make_receipt(split, seed, number, *lesson), rng, num_short))
     return rows
 
 
@@ -121,12 +149,11 @@ def into_batches(rows: list[Row]) -> list[Batch]:
     return [*batches, collate(group)]
 
 
-def training_batches(tokenizer: Tokenizer, seed: int, chunk: int, ramp: int) -> Iterator[tuple[int, Batch]]:
-    """(chunk, batch) without end; the longest receipt grows from two to eight items over the first `ramp` chunks."""
+def training_batches(tokenizer: Tokenizer, seed: int, chunk: int, lesson: Lesson) -> Iterator[tuple[int, Batch]]:
+    """(chunk, batch) without end, from receipts of the training split as the lesson stands when a chunk begins."""
     while True:
-        max_items = min(MAX_ITEMS, 2 + (MAX_ITEMS - 2) * chunk // ramp)
         numbers = range(chunk * CHUNK, (chunk + 1) * CHUNK)
-        batches = into_batches(make_rows(tokenizer, "train", seed, numbers, max_items))
+        batches = into_batches(make_rows(tokenizer, "train", seed, numbers, LESSONS[lesson.number], SHORT_A_ROW))
         for index in np.random.default_rng([4, seed, chunk]).permutation(len(batches)):
             yield chunk, batches[int(index)]
         chunk += 1

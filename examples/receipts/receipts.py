@@ -81,8 +81,7 @@ def money(cents: int) -> str:
 
 def receipt_text(items: tuple[Item, ...], total_label: str) -> str:
     """The printed lines joined by newlines: `name price` for each item, then the label and the sum."""
-    lines = [f"{item.name} {money(item.cents)}" for item in items]
-    return "\n".join([*lines, f"{total_label} {money(sum(item.cents for item in items))}"])
+    return "\n".join(f"{left} {right}" for left, right in printed_rows(items, total_label))
 
 
 def split_of(text: str) -> Split:
@@ -90,14 +89,19 @@ def split_of(text: str) -> Split:
     return "heldout" if zlib.crc32(text.encode()) % HELDOUT_SHARE == 0 else "train"
 
 
-def make_receipt(split: Split, seed: int, index: int, max_items: int = MAX_ITEMS) -> Receipt:
-    """Receipt `index` of stream `seed`. Depends on nothing else: no global random state, no earlier receipt."""
+def make_receipt(split: Split, seed: int, index: int, max_items: int = MAX_ITEMS, plain_share: float = 0.0) -> Receipt:
+    """Receipt `index` of stream `seed`. Depends on nothing else: no global random state, no earlier receipt.
+
+    A beginner's lessons have fewer items and a share of plain receipts; held-out tasks have the defaults.
+    """
     rng = np.random.default_rng([("train", "heldout").index(split), seed, index])
     while True:
         items = draw_items(rng, int(rng.integers(1, max_items + 1)))
         total_label = str(rng.choice(TOTAL_LABELS))
         if split_of(receipt_text(items, total_label)) == split:
-            return Receipt(items, total_label, draw_image(rng, items, total_label))
+            plain = rng.random() < plain_share
+            image = draw_plain(items, total_label) if plain else draw_image(rng, items, total_label)
+            return Receipt(items, total_label, image)
 
 
 def draw_items(rng: np.random.Generator, num_items: int) -> tuple[Item, ...]:
@@ -132,14 +136,32 @@ def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return (ink, paper) if rng.random() < 1 / 6 else (paper, ink)
 
 
+def printed_rows(items: tuple[Item, ...], total_label: str) -> list[tuple[str, str]]:
+    """(left, right) of every line."""
+    rows = [(item.name, money(item.cents)) for item in items]
+    return [*rows, (total_label, money(sum(item.cents for item in items)))]
+
+
+def draw_plain(items: tuple[Item, ...], total_label: str) -> np.ndarray:
+    """Black on white in one face and size, a line to every 28 pixels: what reading is first learnt on."""
+    font, rows = load_face(0, 20), printed_rows(items, total_label)
+    content = max(font.getlength(name) + 14 + font.getlength(price) for name, price in rows)
+    width = -int(-content // 28) * 28
+    picture = Image.new("RGB", (width, 28 * len(rows)), "white")
+    pen = ImageDraw.Draw(picture)
+    for number, (name, price) in enumerate(rows):
+        pen.text((2, 28 * number + 3), name, fill="black", font=font)
+        pen.text((width - 2 - font.getlength(price), 28 * number + 3), price, fill="black", font=font)
+    return np.asarray(picture)
+
+
 def draw_image(rng: np.random.Generator, items: tuple[Item, ...], total_label: str) -> np.ndarray:
     """The picture, uint8 [height, width, 3]: names at the left, prices at the right or just after the names."""
-    size = int(rng.integers(16, 23))
+    size = int(rng.integers(17, 23))
     font = load_face(int(rng.integers(len(FACES))), size)
     pitch = size * rng.uniform(1.25, 1.6)
     margin_x, margin_y = rng.uniform(5, 14), rng.uniform(4, 14)
-    rows = [(item.name, money(item.cents)) for item in items]
-    rows.append((total_label, money(sum(item.cents for item in items))))
+    rows = printed_rows(items, total_label)
     gap = rng.uniform(0.6, 2.0) * size
     content = max(font.getlength(name) + gap + font.getlength(price) for name, price in rows)
     width = round(content + 2 * margin_x + rng.uniform(0, 24))

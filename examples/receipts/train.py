@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from batches import NO_TARGET, Batch, into_batches, make_rows, training_batches
+from batches import NO_TARGET, Batch, Lesson, into_batches, make_rows, training_batches
 from inputs import normalise
 from model import build_model
 from save import save_checkpoint
@@ -21,10 +21,10 @@ from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
 
 WATCH_SEED = 1000  # held-out receipts to watch the training by; the reported ones are another stream
-WARM_UP_STEPS = 150
+WARM_UP_STEPS = 100
 AVERAGE = 0.998
 LOG_EVERY = 25
-PUBLISH_EVERY = 500
+PUBLISH_EVERY = 250
 
 
 def answer_logits(model, batch: Batch) -> torch.Tensor:
@@ -34,7 +34,9 @@ def answer_logits(model, batch: Batch) -> torch.Tensor:
         pixel_values=torch.from_numpy(normalise(batch.patches.numpy())),
         image_grid_thw=batch.grid,
         position_ids=batch.positions,
-        attention_mask={"full_attention": batch.mask},
+        attention_mask={
+            "full_attention": batch.attention_bias(model.dtype)
+        },  # of one layer type, as the model would make it itself
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden[batch.targets != NO_TARGET])
@@ -43,9 +45,7 @@ def answer_logits(model, batch: Batch) -> torch.Tensor:
 def loss_of(model, batch: Batch) -> torch.Tensor:
     """Weighted mean cross-entropy of the answer tokens."""
     wanted = batch.targets != NO_TARGET
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = answer_logits(model, batch)
-    losses = cross_entropy(logits.float(), batch.targets[wanted], reduction="none")
+    losses = cross_entropy(answer_logits(model, batch).float(), batch.targets[wanted], reduction="none")
     weights = batch.weights[wanted]
     return (losses * weights).sum() / weights.sum()
 
@@ -78,15 +78,14 @@ def learning_share(step: int, progress: float) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def average_over_ranks(model: torch.nn.Module, *numbers: float) -> list[float]:
-    """Replace every gradient by its mean over the ranks; the means of `numbers` come back, the same on each rank."""
-    gradients = [p.grad for p in model.parameters()]
-    flat = torch.cat([torch.tensor(numbers), *(gradient.flatten() for gradient in gradients)])
+def average_over_ranks(swift: torch.nn.Module, model: torch.nn.Module, *numbers: float) -> list[float]:
+    """Give `model` the mean over the ranks of the gradients of `swift`; the means of `numbers` come back."""
+    flat = torch.cat([torch.tensor(numbers), *(p.grad.flatten().float() for p in swift.parameters())])
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
-    parts = flat[len(numbers) :].split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts, strict=True):
-        gradient.copy_(part.view_as(gradient))
+    parts = flat[len(numbers) :].split([p.numel() for p in model.parameters()])
+    for parameter, part in zip(model.parameters(), parts, strict=True):
+        parameter.grad = part.view_as(parameter)
     return flat[: len(numbers)].tolist()
 
 
@@ -97,6 +96,7 @@ class Run:
     model: torch.nn.Module
     optimizers: list[torch.optim.Optimizer]
     average: dict[str, torch.Tensor]
+    lesson: Lesson
     step: int = 0
     chunk: int = 0
     seconds: float = 0.0
@@ -107,13 +107,14 @@ class Run:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.average, self.step = state["average"], state["step"]
+        self.average, self.step, self.lesson = state["average"], state["step"], Lesson(state.get("lesson", 0))
         self.chunk, self.seconds = state["chunk"] + 1, state["seconds"]
 
     def save(self, file: Path) -> None:
         optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
         state = {"model": self.model.state_dict(), "optimizers": optimizers, "average": self.average}
-        torch.save(state | {"step": self.step, "chunk": self.chunk, "seconds": self.seconds}, file.with_suffix(".new"))
+        state |= {"step": self.step, "chunk": self.chunk, "seconds": self.seconds, "lesson": self.lesson.number}
+        torch.save(state, file.with_suffix(".new"))
         file.with_suffix(".new").rename(file)
 
 
@@ -136,30 +137,38 @@ def train(rank: int, args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     model = build_model(tokenizer.get_vocab(), args.seed)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    run = Run(model, make_optimizers(model, args.weight_decay), average)
+    run = Run(model, make_optimizers(model, args.weight_decay), average, Lesson())
     if (args.work / "state.pt").exists():
         run.load(args.work / "state.pt")
-    watch = into_batches(make_rows(tokenizer, "heldout", WATCH_SEED, range(96))) if rank == 0 else []
+    swift = build_model(tokenizer.get_vocab(), args.seed).to(
+        torch.bfloat16
+    )  # computes; float32 weights are kept beside
+    watch = into_batches(make_rows(tokenizer, "heldout", WATCH_SEED, range(64))) if rank == 0 else []
 
     begun, progress, losses = time.monotonic() - run.seconds, run.seconds / (60 * args.minutes), []
-    for chunk, batch in training_batches(tokenizer, args.seed + rank, run.chunk, args.ramp):
+    for chunk, batch in training_batches(tokenizer, args.seed + rank, run.chunk, run.lesson):
         run.chunk = chunk
-        loss = loss_of(model, batch)
+        swift.load_state_dict(model.state_dict())
+        swift.zero_grad(set_to_none=True)
+        loss = loss_of(swift, batch)
         loss.backward()
-        mean_loss, run.seconds = average_over_ranks(model, loss.item(), time.monotonic() - begun)
+        mean_loss, run.seconds = average_over_ranks(swift, model, loss.item(), time.monotonic() - begun)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         progress = run.seconds / (60 * args.minutes)
         for optimizer in run.optimizers:
             optimizer.param_groups[0]["lr"] = args.learning_rate * learning_share(run.step, progress)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
         run.step += 1
         weights = [p.detach() for p in model.parameters()]
         torch._foreach_lerp_(list(run.average.values()), weights, 1 - min(AVERAGE, run.step / (run.step + 10)))
         losses.append(mean_loss)
-        if rank == 0 and run.step % LOG_EVERY == 0:
-            mean = sum(losses[-LOG_EVERY:]) / LOG_EVERY
-            print(f"step {run.step} chunk {run.chunk} minutes {run.seconds / 60:.1f} loss {mean:.4f}", flush=True)
+        if run.step % LOG_EVERY == 0:
+            mean = sum(losses) / len(losses)
+            losses = []
+            if rank == 0:
+                shown = f"minutes {run.seconds / 60:.1f} lesson {run.lesson.number} loss {mean:.4f}"
+                print(f"step {run.step} chunk {run.chunk} {shown}", flush=True)
+            run.lesson.advance(mean, progress)
         if rank == 0 and (run.step % PUBLISH_EVERY == 0 or progress >= 1):
             publish(run, tokenizer, watch, args.work / "checkpoint")
             run.save(args.work / "state.pt")
@@ -171,9 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the receipts demo.")
     parser.add_argument("--work", type=Path, required=True, help="folder for the state, the log and the checkpoint")
     parser.add_argument("--minutes", type=float, default=95, help="wall time in all, over every resumption")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--ramp", type=int, default=24, help="chunks of receipts until the longest has eight items")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
