@@ -152,7 +152,7 @@ def _render_row(row: StageRow) -> list[str]:
 def _render_task(report: Report) -> str:
     variants = report_json(report)["variants"]
     header, rows = task_lines(variants)
-    parts = [table(header, rows, "<>>>>>>>")]
+    parts = [table(header, rows, "<>>>>>>>>")]
     for item, answers in task_showcase(variants):
         given = {"expected": item["expected"], "PyTorch": item["reference"], **answers}
         lines = [[name, _printable(answer)] for name, answer in given.items()]

@@ -197,8 +197,12 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def task_lines(variants: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the table of a task, one row a variant, from the report's JSON."""
-    header = ("variant", "MB", "exact match", "reference", "flipped", "mean KL", "same top-1", "tokens/s", "gate")
+    """Header and rows of the table of a task, one row a variant, from the report's JSON.
+
+    changed: answers other than the reference's; flipped: those of them that became right or wrong by it.
+    """
+    header = ("variant", "MB", "exact match", "reference", "changed", "flipped")
+    header += ("mean KL", "same top-1", "tokens/s", "gate")
     rows: list[tuple[str, ...]] = []
     for variant in variants:
         task = variant["task"]
@@ -208,6 +212,7 @@ def task_lines(variants: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], 
             f"{variant['size'] / 1e6:.2f}",
             f"{task['exact_match']:.1%}",
             f"{task['reference_exact_match']:.1%}",
+            f"{task['num_changed']} of {task['num_items']}",
             f"{task['num_lost'] + task['num_gained']} of {task['num_items']}",
             _number(values.get("kl_mean")),
             f"{values['same_top1']:.2%}" if "same_top1" in values else "",
