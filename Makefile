@@ -20,7 +20,7 @@ STAMP      := $(VENV)/.installed
 PIP        := $(BIN)/python -m pip --disable-pip-version-check -qq install
 VLMPORT    := $(BIN)/vlmport
 
-.PHONY: help export validate bench test test-slow test-gpu coverage lint readme format clean
+.PHONY: help export validate bench test test-slow test-gpu bench-gpu coverage lint readme format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
@@ -60,6 +60,10 @@ test-slow: $(STAMP) ## the tests that take minutes each
 
 test-gpu: $(STAMP) ## the tests that need a CUDA device: make test-gpu VENV=.venv-gpu EXTRAS=gpu,export,video,demo,dev
 	$(BIN)/python -m pytest -q -m gpu
+
+bench-gpu: $(STAMP) ## time and memory of CHECKPOINT for the cuda target, on a box with a CUDA device (VENV and EXTRAS as in test-gpu)
+	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE)-cuda --recipe fp16 int8 int4 --target cuda --overwrite
+	$(VLMPORT) bench $(PACKAGE)-cuda
 
 coverage: $(STAMP) ## the tests, with the lines that none of them reaches
 	$(BIN)/coverage run -m pytest -q
