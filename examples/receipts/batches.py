@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 
 CHUNK = 64  # receipts that are sorted by length together
 TOKENS_PER_BATCH = 2560  # a rank
-SHORT_A_ROW = 2
-READ_WELL = 0.35  # mean loss at which the next lesson begins
+SHORT_A_ROW = 3
+READ_WELL = 0.4  # mean loss at which the next lesson begins
 SHORT_ANSWER_WEIGHT = 3.0  # the whole text has about nine times as many tokens as a short answer
 NO_TARGET = -100
 
@@ -55,8 +55,9 @@ class Batch:
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -1e4)
 
 
-LESSONS = (  # (most items, share of plain receipts): reading is learnt on short plain receipts, which cost little
-    *((2, 1.0), (2, 0.5), (3, 0.25), (4, 0.1), (5, 0.0), (6, 0.0), (7, 0.0), (8, 0.0)),
+LESSONS: tuple[tuple[int, tuple[float, float]], ...] = (  # (most items, variety): reading is learnt on easy ones first
+    *((2, (0.0, 0.0)), (2, (0.0, 0.25)), (2, (0.0, 0.5)), (2, (0.0, 1.0))),
+    *((3, (0.25, 1.0)), (4, (0.5, 1.0)), (6, (0.75, 1.0)), (8, (1.0, 1.0))),
 )
 
 
@@ -68,7 +69,7 @@ class Lesson:
 
     def advance(self, mean_loss: float, progress: float) -> None:
         """The next lesson once this one is read well, at the latest by an even ramp in the middle of the time."""
-        due = (progress - 0.35) / 0.35 * (len(LESSONS) - 1)
+        due = (progress - 0.35) / 0.4 * (len(LESSONS) - 1)
         if self.number < len(LESSONS) - 1 and (mean_loss < READ_WELL or due > self.number + 1):
             self.number += 1
 
@@ -127,7 +128,7 @@ def make_rows(
     split: Split,
     seed: int,
     numbers: range,
-    lesson: tuple[int, float] = LESSONS[-1],
+    lesson: tuple[int, tuple[float, float]] = LESSONS[-1],
     num_short: int = 5,
 ) -> list[Row]:
     """Rows of the receipts `numbers` of a stream."""

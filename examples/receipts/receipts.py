@@ -30,15 +30,13 @@ MAX_ITEMS = 8
 MAX_NEW_TOKENS = 160  # the longest whole text takes about 110 tokens
 HELDOUT_SHARE = 16  # one text in so many is held out
 PRICE_CENTS = (5, 9999)
-DEAREST_GAP = 1.08  # the dearest item costs at least so many times the second: reading must decide, not the last cent
+DEAREST_GAP = 1.2  # the dearest item costs at least so many times the second: reading must decide, not the last cent
 FACES = (  # (package, file); None is the face that Pillow carries
     (None, "built-in"),
     ("font_caladea", "Caladea-Regular.ttf"),
-    ("font_caladea", "Caladea-Bold.ttf"),
     ("font_hanken_grotesk", "HankenGrotesk-Regular.otf"),
     ("font_hanken_grotesk", "HankenGrotesk-SemiBold.otf"),
     ("font_manrope", "Manrope-Medium.ttf"),
-    ("font_manrope", "Manrope-ExtraBold.ttf"),
 )
 
 
@@ -89,19 +87,19 @@ def split_of(text: str) -> Split:
     return "heldout" if zlib.crc32(text.encode()) % HELDOUT_SHARE == 0 else "train"
 
 
-def make_receipt(split: Split, seed: int, index: int, max_items: int = MAX_ITEMS, plain_share: float = 0.0) -> Receipt:
+def make_receipt(
+    split: Split, seed: int, index: int, max_items: int = MAX_ITEMS, variety: tuple[float, float] = (1.0, 1.0)
+) -> Receipt:
     """Receipt `index` of stream `seed`. Depends on nothing else: no global random state, no earlier receipt.
 
-    A beginner's lessons have fewer items and a share of plain receipts; held-out tasks have the defaults.
+    A beginner's lessons have fewer items and a range of less `variety`; held-out tasks have the defaults.
     """
     rng = np.random.default_rng([("train", "heldout").index(split), seed, index])
     while True:
         items = draw_items(rng, int(rng.integers(1, max_items + 1)))
         total_label = str(rng.choice(TOTAL_LABELS))
         if split_of(receipt_text(items, total_label)) == split:
-            plain = rng.random() < plain_share
-            image = draw_plain(items, total_label) if plain else draw_image(rng, items, total_label)
-            return Receipt(items, total_label, image)
+            return Receipt(items, total_label, draw_image(rng, items, total_label, rng.uniform(*variety)))
 
 
 def draw_items(rng: np.random.Generator, num_items: int) -> tuple[Item, ...]:
@@ -129,11 +127,11 @@ def load_face(number: int, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
 
 
-def draw_colours(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def draw_colours(rng: np.random.Generator, variety: float) -> tuple[np.ndarray, np.ndarray]:
     """Paper and ink, float [3] in 0..255. Papers are tinted; one receipt in six is light on dark."""
-    paper = rng.uniform(190, 255) - rng.uniform(0, 35, size=3)
-    ink = rng.uniform(0, 90) + rng.uniform(0, 30, size=3)
-    return (ink, paper) if rng.random() < 1 / 6 else (paper, ink)
+    paper = 255 - variety * (rng.uniform(0, 65) + rng.uniform(0, 35, size=3))
+    ink = variety * (rng.uniform(0, 90) + rng.uniform(0, 30, size=3))
+    return (ink, paper) if rng.random() < variety / 6 else (paper, ink)
 
 
 def printed_rows(items: tuple[Item, ...], total_label: str) -> list[tuple[str, str]]:
@@ -142,49 +140,43 @@ def printed_rows(items: tuple[Item, ...], total_label: str) -> list[tuple[str, s
     return [*rows, (total_label, money(sum(item.cents for item in items)))]
 
 
-def draw_plain(items: tuple[Item, ...], total_label: str) -> np.ndarray:
-    """Black on white in one face and size, a line to every 28 pixels: what reading is first learnt on."""
-    font, rows = load_face(0, 20), printed_rows(items, total_label)
-    content = max(font.getlength(name) + 14 + font.getlength(price) for name, price in rows)
-    width = -int(-content // 28) * 28
-    picture = Image.new("RGB", (width, 28 * len(rows)), "white")
-    pen = ImageDraw.Draw(picture)
-    for number, (name, price) in enumerate(rows):
-        pen.text((2, 28 * number + 3), name, fill="black", font=font)
-        pen.text((width - 2 - font.getlength(price), 28 * number + 3), price, fill="black", font=font)
-    return np.asarray(picture)
+def draw_image(rng: np.random.Generator, items: tuple[Item, ...], total_label: str, variety: float) -> np.ndarray:
+    """The picture, uint8 [height, width, 3]: names at the left, prices at the right or just after the names.
 
+    variety 1 is the task; towards 0 everything draws near to black on white in one face, a line to every 28 pixels.
+    """
 
-def draw_image(rng: np.random.Generator, items: tuple[Item, ...], total_label: str) -> np.ndarray:
-    """The picture, uint8 [height, width, 3]: names at the left, prices at the right or just after the names."""
-    size = int(rng.integers(17, 23))
-    font = load_face(int(rng.integers(len(FACES))), size)
-    pitch = size * rng.uniform(1.25, 1.6)
-    margin_x, margin_y = rng.uniform(5, 14), rng.uniform(4, 14)
+    def vary(plain: float, low: float, high: float) -> float:
+        return plain + variety * (rng.uniform(low, high) - plain)
+
+    size = round(vary(20, 17.5, 22.5))
+    font = load_face(int(rng.integers(len(FACES))) if rng.random() < variety else 0, size)
+    pitch = vary(28, 26.5, 29.5)
+    margin_x, margin_y = vary(6, 3, 10), vary(0, 0, 4)
     rows = printed_rows(items, total_label)
-    gap = rng.uniform(0.6, 2.0) * size
+    gap = vary(14, 0.6 * size, 2.0 * size)
     content = max(font.getlength(name) + gap + font.getlength(price) for name, price in rows)
-    width = round(content + 2 * margin_x + rng.uniform(0, 24))
-    ragged = rng.random() < 0.2
-    ruled = rng.random() < 0.5
-    height = round(2 * margin_y + pitch * len(rows) + (0.4 * pitch if ruled else 0))
+    width = round(content + 2 * margin_x + vary(0, 0, 24))
+    ragged = rng.random() < 0.2 * variety
+    ruled = rng.random() < 0.5 * variety
+    height = round(margin_y + vary(0, 0, 6) + pitch * len(rows))
 
     mask = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(mask)
     for number, (name, price) in enumerate(rows):
         last = number == len(rows) - 1
-        y = margin_y + pitch * number + (0.4 * pitch if ruled and last else 0) + rng.uniform(-1, 1)
-        x = margin_x + rng.uniform(-2, 2)
+        y = margin_y + pitch * number + (28 - 1.2 * size) / 2 + vary(0, -1, 1)
+        x = margin_x + vary(0, -2, 2)
         pen.text((x, y), name, fill=255, font=font)
         price_x = x + font.getlength(name) + gap if ragged else width - margin_x - font.getlength(price)
-        pen.text((price_x + rng.uniform(-2, 2), y + rng.uniform(-1, 1)), price, fill=255, font=font)
+        pen.text((price_x + vary(0, -2, 2), y + vary(0, -1, 1)), price, fill=255, font=font)
         if ruled and last:
-            pen.line((margin_x, y - 0.1 * pitch, width - margin_x, y - 0.1 * pitch), fill=160, width=1)
+            pen.line((margin_x, y - 1, width - margin_x, y - 1), fill=160, width=1)
 
-    paper, ink = draw_colours(rng)
+    paper, ink = draw_colours(rng, variety)
     cover = np.asarray(mask, dtype=np.float64)[:, :, None] / 255
-    shade = np.linspace(-1, 1, width)[None, :, None] * rng.uniform(-12, 12)
-    noise = rng.normal(0, rng.uniform(0, 6), size=(height, width, 1))
+    shade = np.linspace(-1, 1, width)[None, :, None] * vary(0, -12, 12)
+    noise = rng.normal(0, vary(0, 0, 6), size=(height, width, 1))
     return np.clip(np.rint(paper + (ink - paper) * cover + shade + noise), 0, 255).astype(np.uint8)
 
 
