@@ -1,6 +1,5 @@
 """The checkpoint's own files that go into a package, and what they say about generation."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.errors import CheckpointError
@@ -9,7 +8,7 @@ from .checkpoint import Checkpoint
 from .family import Json
 from .fields import read_field
 
-__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults", "image_processor"]
+__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults"]
 
 TEMPLATE = "chat_template.jinja"
 DOCUMENTS = (
@@ -52,36 +51,22 @@ def chat_template(checkpoint: Checkpoint) -> str:
     )
 
 
-def image_processor(documents: Mapping[str, Json]) -> Json:
-    """Settings of the image processor: preprocessor_config.json, or as transformers 5 saves them.
-
-    Raises CheckpointError where the checkpoint has neither: sizes and colours that are guessed change answers.
-    """
-    own = documents.get("preprocessor_config.json") or documents.get("processor_config.json", {}).get("image_processor")
-    if not isinstance(own, dict):
-        raise CheckpointError(
-            "preprocessor_config.json: missing (and no image_processor in processor_config.json); "
-            "copy it from the checkpoint that this one was tuned from"
-        )
-    return own
-
-
 def generation_defaults(generation: Json, fallback_eos: Any) -> GenerationDefaults:
     """generation_config.json as the runtime obeys it.
 
-    `fallback_eos` is eos_token_id of config.json, for where the file has none.
+    `fallback_eos` is eos_token_id of config.json, for where the file has none. Raises CheckpointError on a bad field.
     """
-    eos = generation.get("eos_token_id", fallback_eos)
+    file = "generation_config.json"
+    own = generation.get("eos_token_id")
+    eos = fallback_eos if own is None else own
     tokens = eos if isinstance(eos, list) else [eos]
-    if not tokens or not all(isinstance(token, int) for token in tokens):
-        raise CheckpointError(
-            f"generation_config.json: eos_token_id is {eos!r}, there or in config.json; give one token id or a list"
-        )
+    if not tokens or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise CheckpointError(f"{file}: eos_token_id is {eos!r}, there or in config.json; give one token id or a list")
     return GenerationDefaults(
         eos_token_ids=tuple(tokens),
-        do_sample=read_field(generation, "do_sample", bool, False),
-        temperature=read_field(generation, "temperature", float, 1.0),
-        top_k=read_field(generation, "top_k", int, 50),  # transformers' default where the file is silent
-        top_p=read_field(generation, "top_p", float, 1.0),
-        repetition_penalty=read_field(generation, "repetition_penalty", float, 1.0),
+        do_sample=read_field(generation, "do_sample", bool, False, file=file),
+        temperature=read_field(generation, "temperature", float, 1.0, file=file),
+        top_k=read_field(generation, "top_k", int, 50, file=file),  # transformers' default where the file is silent
+        top_p=read_field(generation, "top_p", float, 1.0, file=file),
+        repetition_penalty=read_field(generation, "repetition_penalty", float, 1.0, file=file),
     )

@@ -1,16 +1,80 @@
-"""The graphs that every family with a decoder has: token embedding and decoder, with their ports.
+"""The graphs that families share, with their ports: packed vision encoder, projector, token embedding, decoder.
 
-Dynamic dims have one name each in all graphs: batch_size, sequence_length, past_length, total_length, num_logits.
+Dynamic dims have one name each in all graphs: batch_size, sequence_length, past_length, total_length, num_logits;
+num_patches, num_merge_blocks, num_frame_bounds, num_window_bounds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
 
 from .family import Port, RoleSpec, TensorRef
+from .image_processor import PatchGeometry
 from .layers import CausalDecoder, DecoderConfig, TokenEmbedding
 
-__all__ = ["decoder_role", "embedding_role"]
+__all__ = ["decoder_role", "embedding_role", "language_roles", "packed_vision_role", "projector_role"]
 
 TensorRule = Callable[[str, tuple[int, ...]], TensorRef]
+# What runtime/vision_inputs.py makes from grids, by the same names.
+_INDEX_PORTS: Mapping[str, Port] = {
+    port.name: port
+    for port in (
+        Port("patch_positions", "int64", ("num_patches", 2)),
+        Port("cu_seqlens", "int32", ("num_frame_bounds",)),
+        Port("window_index", "int64", ("num_merge_blocks",)),
+        Port("cu_window_seqlens", "int32", ("num_window_bounds",)),
+    )
+}
+
+
+def packed_vision_role(
+    build: Callable[[], nn.Module], geometry: PatchGeometry, width: int, index_inputs: Sequence[str], prefix: str
+) -> RoleSpec:
+    """pixel_values float32 [N, patch_dim] and the named index inputs -> vision_features float32 [N, width].
+
+    Tensors are under `prefix`; that of `patch_embed.proj` is a convolution's kernel.
+    """
+
+    def tensor(parameter: str, shape: tuple[int, ...]) -> TensorRef:
+        kernel = parameter == "patch_embed.proj.weight"
+        return TensorRef(f"{prefix}{parameter}", (width, *geometry.kernel) if kernel else shape)
+
+    return RoleSpec(
+        build=build,
+        inputs=(
+            Port("pixel_values", "float32", ("num_patches", geometry.patch_dim)),
+            *(_INDEX_PORTS[name] for name in index_inputs),
+        ),
+        outputs=(Port("vision_features", "float32", ("num_patches", width)),),
+        tensor=tensor,
+    )
+
+
+def projector_role(build: Callable[[], nn.Module], width: int, out_width: int, prefix: str) -> RoleSpec:
+    """vision_features float32 [N, width] -> image_features float32 [N / M, out_width]; tensors are under `prefix`."""
+    return RoleSpec(
+        build=build,
+        inputs=(Port("vision_features", "float32", ("num_patches", width)),),
+        outputs=(Port("image_features", "float32", ("num_merge_blocks", out_width)),),
+        tensor=lambda parameter, shape: TensorRef(f"{prefix}{parameter}", shape),
+    )
+
+
+def language_roles(decoder: DecoderConfig, prefix: str, *, tied: bool) -> dict[str, RoleSpec]:
+    """embed_tokens and decoder, their tensors under `prefix`; the head is lm_head, or where `tied` the table again."""
+    table = f"{prefix}embed_tokens.weight"
+
+    def decoder_tensor(parameter: str, shape: tuple[int, ...]) -> TensorRef:
+        if parameter == "lm_head.weight":
+            return TensorRef(table if tied else parameter, shape)
+        return TensorRef(f"{prefix}{parameter}", shape)
+
+    return {
+        "embed_tokens": embedding_role(
+            decoder.vocab_size, decoder.width, lambda parameter, shape: TensorRef(table, shape)
+        ),
+        "decoder": decoder_role(decoder, decoder_tensor),
+    }
 
 
 def embedding_role(vocab_size: int, width: int, tensor: TensorRule) -> RoleSpec:

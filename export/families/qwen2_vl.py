@@ -11,26 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..family import FamilySpec, Json, ManifestParts, Port, RoleSpec, TensorRef
-from ..fields import read_field
-from ..layers import Linear, frequencies, quick_gelu
-from .qwen2_5_vl import (
-    PatchEmbed,
-    PatchMerger,
-    VisionAttention,
-    language_roles,
-    manifest_parts,
-    merger_role,
-    normalise,
-    patch_angles,
-    patch_sizes,
-    unused,
-)
+from ..family import FamilySpec, Json, ManifestParts, RoleSpec
+from ..fields import read_field, read_size
+from ..image_processor import PatchGeometry
+from ..layers import Linear, PackedAttention, PatchEmbed, PatchMerger, RotaryTables, axis_angles, quick_gelu
+from ..roles import packed_vision_role, projector_role
+from ..text_config import check_activation
+from .qwen2_5_vl import manifest_parts, normalise, patch_geometry, text_roles, unused, vision_frequencies
 
 __all__ = ["FAMILY"]
 
 MODEL_TYPE = "qwen2_vl"
-VISION_THETA = 10000.0
+INDEX_INPUTS = ("patch_positions", "cu_seqlens")
 VISION_EPS = 1e-6
 
 
@@ -43,30 +35,22 @@ class VisionConfig:
     inner: int
     num_layers: int
     num_heads: int
-    patch_dim: int
-    conv_shape: tuple[int, ...]
-    merge_size: int
+    geometry: PatchGeometry
     out_width: int
     inverse_frequencies: tuple[float, ...]
 
 
 def vision_config(config: Json) -> VisionConfig:
-    width, num_heads = (read_field(config, f"vision_config.{key}", int) for key in ("embed_dim", "num_heads"))
-    patch, merge, frames = patch_sizes(config)
-    channels = read_field(
-        config, "vision_config.in_channels", int, read_field(config, "vision_config.in_chans", int, 3)
-    )
-    axis = frequencies(width // num_heads // 2, VISION_THETA)
+    width, num_heads = (read_size(config, f"vision_config.{key}") for key in ("embed_dim", "num_heads"))
+    check_activation(config, "vision_config.hidden_act", "quick_gelu")
     return VisionConfig(
         width=width,
         inner=int(width * read_field(config, "vision_config.mlp_ratio", float, 4.0)),
-        num_layers=read_field(config, "vision_config.depth", int),
+        num_layers=read_size(config, "vision_config.depth"),
         num_heads=num_heads,
-        patch_dim=channels * frames * patch * patch,
-        conv_shape=(width, channels, frames, patch, patch),
-        merge_size=merge,
-        out_width=read_field(config, "vision_config.hidden_size", int),
-        inverse_frequencies=axis + axis,
+        geometry=patch_geometry(config),
+        out_width=read_size(config, "vision_config.hidden_size"),
+        inverse_frequencies=vision_frequencies(config, width, num_heads),
     )
 
 
@@ -88,12 +72,10 @@ class VisionBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(config.width, VISION_EPS)
         self.norm2 = nn.LayerNorm(config.width, VISION_EPS)
-        self.attn = VisionAttention(config.width, config.num_heads)
+        self.attn = PackedAttention(config.width, config.num_heads)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_NC: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor], cu_seqlens: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x_NC: torch.Tensor, rotary: RotaryTables, cu_seqlens: torch.Tensor) -> torch.Tensor:
         x_NC = x_NC + self.attn(self.norm1(x_NC), rotary, cu_seqlens)
         return x_NC + self.mlp(self.norm2(x_NC))
 
@@ -104,14 +86,14 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.patch_embed = PatchEmbed(config.patch_dim, config.width)
+        self.patch_embed = PatchEmbed(config.geometry.patch_dim, config.width)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
 
     def forward(
         self, pixel_values: torch.Tensor, patch_positions: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        x_NC = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
-        angles = patch_angles(patch_positions.transpose(0, 1).unsqueeze(1), self.config.inverse_frequencies)
+        x_NC = self.patch_embed(pixel_values)
+        angles = axis_angles(patch_positions, self.config.inverse_frequencies)
         rotary = (torch.cos(angles), torch.sin(angles))
         for layer in self.blocks:
             x_NC = layer(x_NC, rotary, cu_seqlens)
@@ -123,35 +105,26 @@ class VisionEncoder(nn.Module):
 
 def roles(config: Json) -> dict[str, RoleSpec]:
     vision = vision_config(config)
-    width = vision.width
-
-    def encoder_tensor(parameter: str, shape: tuple[int, ...]) -> TensorRef:
-        kernel = parameter == "patch_embed.proj.weight"
-        return TensorRef(f"model.visual.{parameter}", vision.conv_shape if kernel else shape)
-
-    encoder = RoleSpec(
-        build=lambda: VisionEncoder(vision),
-        inputs=(
-            Port("pixel_values", "float32", ("num_patches", vision.patch_dim)),
-            Port("patch_positions", "int64", ("num_patches", 2)),
-            Port("cu_seqlens", "int32", ("num_frame_bounds",)),
+    width, geometry = vision.width, vision.geometry
+    return {
+        "vision_encoder": packed_vision_role(
+            lambda: VisionEncoder(vision), geometry, width, INDEX_INPUTS, "model.visual."
         ),
-        outputs=(Port("vision_features", "float32", ("num_patches", width)),),
-        tensor=encoder_tensor,
-    )
-    merger = merger_role(
-        lambda: PatchMerger(nn.LayerNorm(width, VISION_EPS), width, vision.merge_size**2, vision.out_width),
-        width,
-        vision.out_width,
-    )
-    return {"vision_encoder": encoder, "projector": merger, **language_roles(config)}
+        "projector": projector_role(
+            lambda: PatchMerger(nn.LayerNorm(width, VISION_EPS), width, geometry.block, vision.out_width),
+            width,
+            vision.out_width,
+            "model.visual.merger.",
+        ),
+        **text_roles(config),
+    }
 
 
 # Manifest
 
 
 def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
-    return manifest_parts(config, documents, 0, ("patch_positions", "cu_seqlens"), seconds=False)
+    return manifest_parts(config, documents, 0, INDEX_INPUTS, seconds=False)
 
 
 TINY_CONFIG: Json = {

@@ -6,6 +6,7 @@ from .linear import Embedding, Linear, TokenEmbedding
 from .mlp import GatedMLP, quick_gelu
 from .norm import RMSNorm
 from .rope import apply_rotary, frequencies, multi_axis_angles
+from .vision import PackedAttention, PatchEmbed, PatchMerger, RotaryTables, axis_angles, reorder_blocks
 
 __all__ = [
     "CausalDecoder",
@@ -13,13 +14,19 @@ __all__ = [
     "Embedding",
     "GatedMLP",
     "Linear",
+    "PackedAttention",
+    "PatchEmbed",
+    "PatchMerger",
     "RMSNorm",
+    "RotaryTables",
     "TokenEmbedding",
     "apply_rotary",
+    "axis_angles",
     "cached_attention",
     "frequencies",
     "last_positions",
     "multi_axis_angles",
     "quick_gelu",
+    "reorder_blocks",
     "segment_attention",
 ]

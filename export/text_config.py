@@ -1,0 +1,80 @@
+"""The text part of a Hugging Face config.json as a DecoderConfig: what Llama, Mistral and Qwen2 decoders say alike.
+
+Reading is strict where a guess would change answers: a field that upstream obeys is obeyed here or refused.
+"""
+
+from typing import Any
+
+from ..runtime.errors import CheckpointError
+from .family import Json
+from .fields import read_field, read_fields, read_size
+from .layers import DecoderConfig, frequencies
+
+__all__ = ["check_activation", "eos_token_ids", "is_tied", "read_decoder", "text_config"]
+
+_PLAIN_ROPE = ("default", "mrope")  # sections are told by mrope_section, whatever the type is called
+
+
+def text_config(config: Json) -> Json:
+    """The text part: config.json itself (as published) or its text_config (as re-saved since transformers 4.52)."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
+def is_tied(config: Json) -> bool:
+    """Whether the output head is the embedding table; the field may sit at either level."""
+    return any(read_field(part, "tie_word_embeddings", bool, False) for part in (config, text_config(config)))
+
+
+def eos_token_ids(config: Json) -> Any:
+    """eos_token_id of config.json as it stands there, from the level that has one; None where neither has."""
+    own = text_config(config).get("eos_token_id")
+    return config.get("eos_token_id") if own is None else own
+
+
+def read_decoder(config: Json, *, qkv_bias: bool, num_axes: int, default_theta: float) -> DecoderConfig:
+    """The decoder that config.json describes.
+
+    `num_axes` rows of positions: 1, or 3 with `mrope_section` (M-RoPE). `default_theta` is upstream's for this family.
+    Raises CheckpointError where a field is missing, does not fit the others, or asks for what is not supported.
+    """
+    text = text_config(config)
+    if read_field(text, "use_sliding_window", bool, False):
+        raise CheckpointError("config.json: use_sliding_window is true; sliding-window decoders are not supported")
+    check_activation(text, "hidden_act", "silu")
+    num_heads, width = read_size(text, "num_attention_heads"), read_size(text, "hidden_size")
+    head_dim = read_size(text, "head_dim", width // num_heads)
+    rope = _rope(text)
+    theta = read_field(rope, "rope_theta", float, read_field(text, "rope_theta", float, default_theta))
+    return DecoderConfig(
+        width=width,
+        inner=read_size(text, "intermediate_size"),
+        num_layers=read_size(text, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=read_size(text, "num_key_value_heads"),
+        head_dim=head_dim,
+        vocab_size=read_size(text, "vocab_size"),
+        norm_eps=read_field(text, "rms_norm_eps", float),
+        inverse_frequencies=frequencies(head_dim, theta),
+        rope_sections=read_fields(rope, "mrope_section", num_axes) if num_axes > 1 else (head_dim // 2,),
+        qkv_bias=qkv_bias,
+    )
+
+
+def check_activation(config: Json, path: str, wanted: str) -> None:
+    """Raises CheckpointError where config.json asks for another activation than the modules compute."""
+    found = read_field(config, path, str, wanted)
+    if found != wanted:
+        raise CheckpointError(f"config.json: {path} is {found!r}; only {wanted!r} is supported")
+
+
+def _rope(text: Json) -> Json:
+    """rope_parameters (transformers 5) or rope_scaling (before); {} where the file has neither."""
+    rope = read_field(text, "rope_parameters", dict, read_field(text, "rope_scaling", dict, {}))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in _PLAIN_ROPE:
+        raise CheckpointError(
+            f"config.json: rope type {kind!r} stretches positions, which is not supported; "
+            f"use the checkpoint's own {' or '.join(_PLAIN_ROPE)} rope"
+        )
+    return rope
