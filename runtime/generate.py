@@ -134,12 +134,12 @@ def generate_tokens(
     decode_seconds = 0.0
     while reason is None:
         started = time.perf_counter()
+        if token_ids:  # here, so that a piece is out before the token after it is computed
+            logits_V = step(token_ids[-1])
         token_ids.append(sampler(logits_V))
         piece = text_stream.push(token_ids[-1])
         reason = _finish_reason(token_ids, eos, text_stream.stopped, options.max_new_tokens)
-        if reason is None:
-            logits_V = step(token_ids[-1])
-        else:
+        if reason is not None:
             piece += text_stream.flush()
             # An unfinished character or word of the tail may complete a stop string only now.
             reason = "stop_string" if text_stream.stopped else reason

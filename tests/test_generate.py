@@ -124,6 +124,12 @@ def test_a_closed_stream_computes_nothing_more() -> None:
     assert len(stepped) == done
 
 
+def test_a_piece_is_out_before_the_next_token_is_computed() -> None:
+    stream, stepped = scripted([*ids_of("hi there"), EOS], GenerationOptions())
+    assert next(stream)
+    assert stepped == [], "the first token needs the prompt alone"
+
+
 @pytest.mark.parametrize("count", [0, -1])
 def test_no_tokens_to_generate(count: int) -> None:
     with pytest.raises(InputError, match=f"max_new_tokens: {count} is not at least 1"):
