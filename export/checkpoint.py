@@ -111,11 +111,16 @@ def resolve(
 ) -> dict[str, StoredTensor]:
     """The stored tensor of every wanted one, by the wanted key.
 
-    Raises CheckpointError that lists every missing, unexpected, mis-shaped or unreadable tensor.
+    Raises CheckpointError that lists every missing, unexpected, repeated, mis-shaped or unreadable tensor.
     """
-    stored = {normalise(name): tensor for name, tensor in checkpoint.tensors.items()}
+    stored: dict[str, StoredTensor] = {}
+    problems: list[str] = []
+    for name, tensor in checkpoint.tensors.items():
+        if normalise(name) in stored:
+            problems.append(f"{name} is there twice, under two spellings of {normalise(name)}")
+        stored[normalise(name)] = tensor
     needed = {ref.name: ref for ref in wanted.values()}
-    problems = [f"missing {name} {list(ref.shape)}" for name, ref in needed.items() if name not in stored]
+    problems += [f"missing {name} {list(ref.shape)}" for name, ref in needed.items() if name not in stored]
     for name, tensor in stored.items():
         if name not in needed:
             if not unused(name):

@@ -44,6 +44,9 @@ def chat_template(checkpoint: Checkpoint) -> str:
         return file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         template = checkpoint.documents.get(name, {}).get("chat_template")
+        if isinstance(template, list):  # several by name, of which transformers takes this one where none is asked for
+            named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
+            template = named.get("default")
         if isinstance(template, str):
             return template
     raise CheckpointError(

@@ -78,6 +78,8 @@ def smart_resize_spec(processor: Json, geometry: PatchGeometry) -> ImageSpec:
         found = read_size(processor, name, size, file=file)
         if found != size:
             raise CheckpointError(f"{file}: {name} is {found}, config.json says {size}; copy both from one checkpoint")
+    if geometry.channels != 3:
+        raise CheckpointError(f"config.json: vision_config.in_channels is {geometry.channels}; images have 3 (RGB)")
     resample = read_field(processor, "resample", int, 3, file=file)
     if resample not in _RESAMPLE:
         raise CheckpointError(f"{file}: resample is {resample}; known are {', '.join(map(str, _RESAMPLE))}")

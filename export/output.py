@@ -51,9 +51,10 @@ def _partial_prefix(target: Path) -> str:
 
 def _remove_leftovers(target: Path) -> None:
     """Folders of exports that were killed: their process is gone."""
-    for folder in target.parent.glob(_partial_prefix(target) + "*"):
-        pid = folder.name.removeprefix(_partial_prefix(target)).split("-")[0]
-        if not (pid.isdigit() and _is_running(int(pid))):
+    prefix = _partial_prefix(target)
+    for folder in target.parent.iterdir():  # not glob: the target's name may hold brackets
+        pid = folder.name.removeprefix(prefix).split("-")[0]
+        if folder.name.startswith(prefix) and not (pid.isdigit() and _is_running(int(pid))):
             shutil.rmtree(folder, ignore_errors=True)
 
 

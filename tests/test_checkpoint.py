@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from vlmport.export.checkpoint import Checkpoint, CheckpointSource, resolve
+from vlmport.export.documents import chat_template
 from vlmport.export.family import TensorRef
+from vlmport.export.output import whole_folder
 from vlmport.runtime.errors import CheckpointError
 
 GOLDEN = Path(__file__).parent / "goldens" / "qwen2_5_vl" / "tiny_a"
@@ -133,3 +135,30 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path: Path) -> None:
         assert part in text
     assert "left_out" not in text
     assert "good" not in text
+
+
+def test_a_tensor_under_two_spellings_is_told(tmp_path: Path) -> None:
+    save_file({"norm": np.ones(4, np.float32), "model.norm": np.zeros(4, np.float32)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    wanted = {"norm": TensorRef("norm", (4,))}
+    with pytest.raises(CheckpointError, match="norm is there twice, under two spellings of norm"):
+        resolve(Checkpoint.open(tmp_path), wanted, lambda name: name.removeprefix("model."), lambda name: False)
+
+
+def test_the_default_of_several_chat_templates(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path, {}, {"tokenizer_config.json": {"chat_template": TEMPLATES}}, {})
+    assert chat_template(checkpoint) == "plain"
+
+
+TEMPLATES = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
+
+
+def test_leftovers_of_others_are_left_alone(tmp_path: Path) -> None:
+    """A target's name may hold the signs of a glob."""
+    other, own = tmp_path / ".a1.partial-1-x", tmp_path / ".a[1].partial-999999999-x"
+    for folder in (other, own):
+        folder.mkdir()
+    with whole_folder(tmp_path / "a[1]"):
+        pass
+    assert other.is_dir()
+    assert not own.exists()
