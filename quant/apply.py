@@ -27,7 +27,7 @@ from .rewrite import restore_float
 from .store import Progress, WeightSource
 from .variant import write_variant
 
-__all__ = ["GraphSource", "open_float_graph", "quantize_package"]
+__all__ = ["GraphSource", "only_writer", "open_float_graph", "quantize_package"]
 
 _STAGING = ".quantize"
 _OWN_FILE = re.compile(rf"({'|'.join(ROLES)})(_[a-z0-9_.-]+)?\.onnx(_data)?")
@@ -69,7 +69,7 @@ def quantize_package(
     variant is there already. Raises RecipeError, PackageError, CapacityError.
     """
     Package.open(path)  # before anything in the folder is touched
-    with _only_writer(Path(path)):
+    with only_writer(Path(path)):
         package = Package.open(path)
         if _is_there(package, recipe):
             return package
@@ -194,12 +194,15 @@ def _clean_staging(package: Package) -> Path:
 
 
 @contextmanager
-def _only_writer(folder: Path) -> Generator[None]:
-    """Holds a lock that ends with the process, however it ends."""
+def only_writer(folder: Path, *, wait: bool = False) -> Generator[None]:
+    """Holds the lock of a package, which ends with the process, however it ends.
+
+    Raises PackageError where another process has it, unless told to `wait`.
+    """
     lock = os.open(folder / "onnx", os.O_RDONLY)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise PackageError(f"{folder}: another process is adding a variant; wait until it is done") from None
         yield

@@ -1,10 +1,13 @@
 """The self-check that travels in a package, and the command that runs it."""
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -145,3 +148,19 @@ def test_verify_needs_the_runtime_alone(package):
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_it_waits_for_whoever_adds_a_variant(package):
+    """The self-check is of the manifest as it is once the other process is done."""
+    lock = os.open(package / "onnx", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    before = (package / "parity" / "golden" / "selfcheck.json").stat().st_mtime_ns
+    writer = threading.Thread(target=write_selfcheck, args=(package,))
+    writer.start()
+    writer.join(0.5)
+    assert writer.is_alive()
+    assert (package / "parity" / "golden" / "selfcheck.json").stat().st_mtime_ns == before
+    os.close(lock)
+    writer.join(60)
+    assert not writer.is_alive()
+    assert (package / "parity" / "golden" / "selfcheck.json").stat().st_mtime_ns > before

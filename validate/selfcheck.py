@@ -93,11 +93,26 @@ def write_selfcheck(path: Path, progress: Progress | None = None) -> None:
 
     What an older self-check holds of variants that are still the same stays: it may come from another box.
     """
-    package = Package.open(path)
+    from ..quant.apply import only_writer  # needs onnx_ir, which `verify` does not
+
     folder = path.joinpath(*_FOLDER)
     fresh = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    Package.open(path)  # before anything in the folder is touched
+    with only_writer(path, wait=True):  # one that adds a variant meanwhile has it in the manifest by then
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            _write(Package.open(path), folder, fresh, progress)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(fresh, folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    if progress is not None:
+        progress(1, 1, "self-check")
+
+
+def _write(package: Package, folder: Path, fresh: Path, progress: Progress | None) -> None:
+    """Writes the self-check into `fresh`; `folder` is the older one's place."""
     messages = _request(package, fresh)
     picture = fresh / _PICTURE
     picture_sha256 = file_entry(picture).sha256 if picture.is_file() else None
@@ -116,10 +131,6 @@ def write_selfcheck(path: Path, progress: Progress | None = None) -> None:
         variants[name] = _Stored(arrays_file.name, file_entry(arrays_file).sha256, _graphs(package, name), ids)
     document = _Document(SELFCHECK_SCHEMA, messages, picture_sha256, variants)
     (fresh / _FILE).write_text(json.dumps(to_json(document), indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(fresh, folder)
-    if progress is not None:
-        progress(1, 1, "self-check")
 
 
 def check_selfcheck(
