@@ -68,7 +68,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> Dtype:
-        """The dtype that holds most of the values: "float32", "float16" or "bfloat16"."""
+        """The dtype that holds most of the values: "float32", "float16" or "bfloat16".
+
+        Matrices in several dtypes are "float32", the only one that holds all of them unchanged.
+        """
+        if len({tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1}) > 1:
+            return "float32"
         sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
             sizes[tensor.dtype] += math.prod(tensor.shape)

@@ -83,15 +83,19 @@ def smart_resize_spec(processor: Json, geometry: PatchGeometry) -> ImageSpec:
     resample = read_field(processor, "resample", int, 3, file=file)
     if resample not in _RESAMPLE:
         raise CheckpointError(f"{file}: resample is {resample}; known are {', '.join(map(str, _RESAMPLE))}")
-    low = read_size(processor, "size.shortest_edge", 56 * 56, file=file)
-    high = read_size(processor, "size.longest_edge", 28 * 28 * 1280, file=file)
+    low = read_size(processor, "min_pixels", read_size(processor, "size.shortest_edge", 56 * 56, file=file), file=file)
+    high = read_size(
+        processor, "max_pixels", read_size(processor, "size.longest_edge", 28 * 28 * 1280, file=file), file=file
+    )
+    if low > high:
+        raise CheckpointError(f"{file}: min_pixels {low} is over max_pixels {high}; raise max_pixels")
     return ImageSpec(
         strategy="smart_resize",
         patch_size=geometry.patch_size,
         temporal_patch_size=geometry.num_frames,
         merge_size=geometry.merge_size,
-        min_pixels=read_size(processor, "min_pixels", low, file=file),
-        max_pixels=read_size(processor, "max_pixels", high, file=file),
+        min_pixels=low,
+        max_pixels=high,
         mean=read_numbers(processor, "image_mean", _CLIP_MEAN, file=file),
         std=read_numbers(processor, "image_std", _CLIP_STD, file=file),
         rescale=read_field(processor, "rescale_factor", float, 1 / 255, file=file),

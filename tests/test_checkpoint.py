@@ -64,6 +64,8 @@ def test_sharded_and_single_file_are_the_same(tmp_path: Path) -> None:
 def test_dtype_is_that_of_most_values(tmp_path: Path) -> None:
     opened = checkpoint(tmp_path, {"norm": np.ones(4, np.float32), "w": VALUES.astype(np.float16)})
     assert opened.dtype == "float16"
+    mixed = checkpoint(tmp_path, {"head": VALUES[:1], "w": VALUES.astype(np.float16)})
+    assert mixed.dtype == "float32", "float16 would not hold the head unchanged"
 
 
 # Bad checkpoints

@@ -114,6 +114,7 @@ def test_an_image_processor_as_saved() -> None:
         ({"merge_size": 1}, "merge_size is 1, config.json says 2"),
         ({"image_mean": [0.5]}, r"image_mean is \[0.5\], expected 3 numbers"),
         ({"min_pixels": 0}, "min_pixels is 0"),
+        ({"min_pixels": 5000, "size": {"longest_edge": 4000}}, "min_pixels 5000 is over max_pixels 4000"),
         ({"size": {"longest_edge": "big"}}, "size.longest_edge is 'big'"),
     ],
 )
