@@ -8,6 +8,7 @@ What a model can do follows from the roles that its package has: without vision_
 decoder it sees only.
 """
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +67,10 @@ class LoadOptions:
 
 
 class Model:
-    """A variant of a package. Graphs are opened when they are first needed, and let go by `close`."""
+    """A variant of a package. Graphs are opened when they are first needed, and let go by `close`.
+
+    Threads may share one: each answer has a cache of its own, and each graph is opened once.
+    """
 
     def __init__(self, package: Package, variant: str | None, options: LoadOptions) -> None:
         """See `load`."""
@@ -77,6 +81,7 @@ class Model:
         if self.manifest.cache is not None:
             check_cache_limit(self.manifest.cache, options.cache_length)
         require_onnxruntime(self.manifest.target)
+        self._opening = threading.RLock()
         self._sessions: dict[str, GraphSession] = {}
         self._decoder: Decoder | None = None
         self._builder: PromptBuilder | None = None
@@ -100,8 +105,9 @@ class Model:
 
     def close(self) -> None:
         """Lets go of every graph. A later call opens them again."""
-        self._decoder = None
-        self._sessions.clear()
+        with self._opening:
+            self._decoder = None
+            self._sessions.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -297,24 +303,27 @@ class Model:
 
     def session(self, role: str) -> GraphSession:
         """The graph of a role. Raises PackageError where the package has none."""
-        if role not in self._sessions:
-            path = self.package.graph_path(role, self.variant.name)
-            self._sessions[role] = open_session(path, self.manifest.target, num_threads=self.options.num_threads)
-        return self._sessions[role]
+        with self._opening:
+            if role not in self._sessions:
+                path = self.package.graph_path(role, self.variant.name)
+                self._sessions[role] = open_session(path, self.manifest.target, num_threads=self.options.num_threads)
+            return self._sessions[role]
 
     @property
     def decoder(self) -> Decoder:
         """The decoder graph with its cache. Raises PackageError where graph and manifest disagree."""
-        if self._decoder is None:
-            self._decoder = Decoder(self.session("decoder"), self.cache_spec, chunk=self.options.prefill_chunk)
-        return self._decoder
+        with self._opening:
+            if self._decoder is None:
+                self._decoder = Decoder(self.session("decoder"), self.cache_spec, chunk=self.options.prefill_chunk)
+            return self._decoder
 
     @property
     def builder(self) -> PromptBuilder:
         """The chat template and the tokenizer."""
-        if self._builder is None:
-            self._builder = PromptBuilder.from_package(self.package.path, self.manifest)
-        return self._builder
+        with self._opening:
+            if self._builder is None:
+                self._builder = PromptBuilder.from_package(self.package.path, self.manifest)
+            return self._builder
 
     @property
     def cache_spec(self) -> CacheSpec:

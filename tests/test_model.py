@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,13 @@ def test_two_answers_at_once_do_not_mix(model: Model) -> None:
         pass
     assert one.finish() == replace(model.generate(TEXT, **settings), timings=one.generation.timings)
     assert two.finish() == replace(model.generate(other, **settings), timings=two.generation.timings)
+
+
+def test_threads_that_come_first_together_open_each_graph_once(packages: dict[str, Path]) -> None:
+    with load(packages["tiny_a"], **MODEL_OPTIONS) as model, ThreadPoolExecutor(8) as pool:
+        for found in (lambda _: model.decoder, lambda _: model.session("projector"), lambda _: model.builder):
+            opened = list(pool.map(found, range(8)))
+            assert all(each is opened[0] for each in opened)
 
 
 def edited(package: Path, tmp_path: Path, *, roles: list[str] | None = None, **parts: Any) -> Path:
