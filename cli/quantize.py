@@ -41,11 +41,13 @@ def execute(args: argparse.Namespace) -> int:
             after = quantize_package(args.package, recipe, progress=progress)
         else:
             after = _from_checkpoint(before, args.checkpoint, recipe, progress)
-    if recipe.name in before.manifest.variants:
+    is_new = recipe.name not in before.manifest.variants
+    golden = after.path / "parity" / "golden"
+    if golden.is_dir() and (is_new or not (golden / f"{recipe.name}.npz").is_file()):  # else nothing to extend
+        write_selfcheck(after.path)
+    if not is_new:
         print(f"{after.path}: has {recipe.name} already; nothing to do")
         return 0
-    if (after.path / "parity" / "golden").is_dir():  # else there is no self-check to extend
-        write_selfcheck(after.path)
     added = sum(entry.size for name, entry in after.manifest.files.items() if name not in before.manifest.files)
     print(
         f"{after.path}: added {recipe.name}, {after.size(recipe.name) / 1e6:.1f} MB "

@@ -4,7 +4,7 @@ Everything is written to a temporary sibling of the output, synced and renamed: 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -32,12 +32,14 @@ def export_checkpoint(
     target: Target = "cpu",
     overwrite: bool = False,
     progress: Progress = lambda done, total, what: None,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> Package:
     """Writes the package of a checkpoint with one variant a recipe, and opens it.
 
     `overwrite` replaces an existing package, and nothing else. `progress(done_bytes, total_bytes, what)`; 0 bytes
-    while tracing. Raises CheckpointError, RecipeError, PackageError (output exists) or CapacityError (disk), leaving
-    the output as it was.
+    while tracing. `finish(folder)` may add to the package before it is put in its place; where it raises, nothing is.
+    Raises CheckpointError, RecipeError, PackageError (output exists) or CapacityError (disk), leaving the output as it
+    was.
     """
     target_folder = Path(output)
     check_output(target_folder, overwrite)
@@ -51,6 +53,7 @@ def export_checkpoint(
         files = {name: file_entry(folder / name) for name in documents} | written
         manifest = _manifest(graphs, parts, target, variants, files)
         (folder / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
+        finish(folder)
     return Package.open(target_folder)
 
 

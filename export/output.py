@@ -81,9 +81,16 @@ def _sync(folder: Path) -> None:
 def _put_in_place(folder: Path, target: Path) -> None:
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=_partial_prefix(target) + f"{os.getpid()}-", dir=target.parent))
-        target.rename(old / "replaced")
-        folder.rename(target)
-        shutil.rmtree(old)
+        try:
+            target.rename(old / "replaced")
+            try:
+                folder.rename(target)
+            except OSError:
+                (old / "replaced").rename(target)
+                raise
+        finally:
+            if target.exists():  # else the only copy is in there
+                shutil.rmtree(old, ignore_errors=True)
     else:
         folder.rename(target)
     handle = os.open(target.parent, os.O_RDONLY)

@@ -15,8 +15,10 @@ import onnx
 import pytest
 from safetensors.numpy import load_file
 
+from vlmport.cli.main import main
 from vlmport.export import build
 from vlmport.export.build import export_checkpoint
+from vlmport.export.output import whole_folder
 from vlmport.quant.recipe import load_recipe
 from vlmport.runtime.errors import CheckpointError, PackageError, VlmportError
 from vlmport.runtime.package import MANIFEST_NAME, Package
@@ -146,6 +148,33 @@ def test_a_failure_half_way_leaves_the_old_package(tmp_path: Path, monkeypatch: 
     export_checkpoint(GOLDEN, output, [load_recipe("int8")], overwrite=True)
     assert list(Package.open(output).manifest.variants) == ["int8"]
     assert os.listdir(tmp_path) == ["package"]
+
+
+def test_a_package_that_cannot_be_put_in_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "package"
+    output.mkdir()
+    (output / MANIFEST_NAME).write_text("old")
+    rename = Path.rename
+
+    def busy(self: Path, target: Path) -> Path:
+        if target == output and self.name != "replaced":
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OSError, match="busy"), whole_folder(output) as folder:
+        (folder / "new").touch()
+    assert folder_state(tmp_path) == ["package", f"package/{MANIFEST_NAME}"]
+
+
+def test_a_package_that_cannot_answer_is_not_put_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint_copy(tmp_path / "checkpoint")
+    (folder / "tokenizer.json").write_text("{}")
+    assert main(["export", str(folder), "-o", str(tmp_path / "package")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("vlmport: error: ")
+    assert os.listdir(tmp_path) == ["checkpoint"]
 
 
 def test_killed_at_any_moment_there_is_no_package_or_a_whole_one(tmp_path: Path) -> None:

@@ -81,6 +81,24 @@ def test_what_another_box_computed_stays(package):
     assert set(check_selfcheck(Package.open(package))) == {"fp32", "int8", "int4"}
 
 
+def test_a_failure_leaves_the_older_one(package, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    before = sorted((package / "parity").rglob("*"))
+    (package / "parity" / "golden" / "int8.npz").write_bytes(b"damaged")
+    monkeypatch.setattr(np, "savez", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_selfcheck(package)
+    assert sorted((package / "parity").rglob("*")) == before
+
+
+def test_quantizing_again_adds_what_an_interrupted_one_left_out(package, capsys):
+    (package / "parity" / "golden" / "int8.npz").unlink()
+    assert main(["quantize", str(package), "--recipe", "int8"]) == 0
+    assert main(["verify", str(package)]) == 0
+
+
 def damage_graph(package):
     file = package / "onnx" / "decoder.onnx_data"
     content = bytearray(file.read_bytes())
