@@ -86,7 +86,8 @@ class Decoder:
         shape = (1, num_tokens if all_logits else 1, self._vocabulary)
         logits = np.empty(shape, self._session.outputs["logits"].dtype)
         cache.binding.bind_ortvalue_output("logits", ort_value(logits))
-        self._session.raw.run_with_iobinding(cache.binding)
+        with self._session.told_by_file():
+            self._session.raw.run_with_iobinding(cache.binding)
         cache.advance(num_tokens)
         return logits[0].astype(np.float32, copy=False)
 

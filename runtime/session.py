@@ -1,7 +1,8 @@
 """Opens one graph of a package in ONNX Runtime, which is imported here and only when a graph is opened."""
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ _DTYPES = {
     "tensor(bool)": "bool",
 }
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0;cpu:0"}
+_MAX_THREADS = 1024  # more would take minutes to start
 _ERRORS_ONLY = 3  # ONNX Runtime warns of every initializer that is also an input, as num_logits_to_keep is on purpose
 
 
@@ -64,7 +66,19 @@ class GraphSession:
         options = importlib.import_module("onnxruntime").RunOptions()
         if release_memory:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
-        return dict(zip(names, self.raw.run(names, self.cast(feeds), options), strict=True))
+        with self.told_by_file():
+            return dict(zip(names, self.raw.run(names, self.cast(feeds), options), strict=True))
+
+    @contextmanager
+    def told_by_file(self) -> Generator[None]:
+        """What ONNX Runtime raises while the graph runs becomes a PackageError in one line."""
+        try:
+            yield
+        except _ort_errors() as error:
+            raise PackageError(
+                f"{self.path}: ONNX Runtime cannot run this graph ({_first_line(error)}); check the package with "
+                "`vlmport verify`, or export the checkpoint again"
+            ) from error
 
     def cast(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """The same arrays, contiguous and of the element types that the graph declares."""
@@ -90,18 +104,21 @@ def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None 
     num_threads: threads of one operator; None leaves the choice to ONNX Runtime (one a physical core).
     Raises MissingDependencyError without a fitting onnxruntime, PackageError for a graph that it cannot load.
     """
-    if num_threads is not None and num_threads < 1:
-        raise InputError(f"num_threads: {num_threads} is not at least 1; leave it out for one thread a core")
+    if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
+        raise InputError(
+            f"num_threads: {num_threads} is not between 1 and {_MAX_THREADS}; leave it out for one thread a core"
+        )
     ort = require_onnxruntime(target)
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     try:
-        raw = ort.InferenceSession(str(path), sess_options=options, providers=_providers(target))
-    except _load_errors() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PackageError(f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {reason}") from error
+        raw = ort.InferenceSession(str(path), sess_options=options, providers=_providers(target), enable_fallback=0)
+    except _ort_errors() as error:
+        raise PackageError(
+            f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {_first_line(error)}"
+        ) from error
     if target == "cuda" and "CUDAExecutionProvider" not in raw.get_providers():
         raise MissingDependencyError(
             f"{path}: onnxruntime-gpu {ort.__version__} is installed, but its CUDA provider did not start; install the "
@@ -144,11 +161,15 @@ def _providers(target: Device) -> list[Any]:
     return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
 
 
-def _load_errors() -> tuple[type[Exception], ...]:
-    """ONNX Runtime's own exceptions share no base class below Exception."""
+def _ort_errors() -> tuple[type[Exception], ...]:
+    """ONNX Runtime's own exceptions share no base class below Exception. Names in a damaged graph may be no UTF-8."""
     state = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
     names = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
-    return (*(getattr(state, name) for name in names), state.RuntimeException)
+    return (*(getattr(state, name) for name in names), state.RuntimeException, UnicodeDecodeError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _tensor_spec(item: Any, path: Path) -> TensorSpec:

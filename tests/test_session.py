@@ -75,8 +75,25 @@ def test_a_file_that_is_no_graph(tmp_path: Path, content: bytes | None, capfd: p
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("count", [0, -3])
-def test_thread_counts_below_one(graph: Path, count: int) -> None:
+def test_names_that_are_no_text_are_told_in_one_line(graph: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """ONNX Runtime's own wrapper would try again aloud, and its bindings raise UnicodeDecodeError."""
+    path = graph.with_name("damaged.onnx")
+    path.write_bytes(graph.read_bytes().replace(b"Add", b"A\x91d"))
+    with pytest.raises(PackageError, match=r"damaged\.onnx: ONNX Runtime .* cannot load this graph: .+"):
+        open_session(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_the_graph_cannot_run_is_told_in_one_line(graph: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    session = open_session(graph)
+    feeds = {name: np.zeros((2, 3, 5, 7)) for name in session.inputs}
+    with pytest.raises(PackageError, match="cannot run this graph") as caught:
+        session.run(feeds)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [0, -3, 100_000])
+def test_thread_counts_that_make_no_sense(graph: Path, count: int) -> None:
     with pytest.raises(InputError, match=f"num_threads: {count}"):
         open_session(graph, num_threads=count)
 
