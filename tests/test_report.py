@@ -1,8 +1,11 @@
 """The report: everything that was measured, in JSON that any reader takes, bound to the bytes it is about."""
 
+import errno
 import json
 import math
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +177,26 @@ def test_the_package_keeps_a_copy_bound_to_its_bytes(package, tmp_path):
         assert (package.path / "parity" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md"]
     Package.open(package.path).verify()
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC])
+def test_a_package_that_cannot_be_written_to(package, tmp_path, monkeypatch, number):
+    """A read-only one is validated all the same; a full disk is told, with the file, and leaves no half of it."""
+    replace = os.replace
+
+    def refuse(source, target):
+        if package.path in Path(target).parents:
+            raise OSError(number, os.strerror(number))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    if number == errno.EROFS:
+        assert write_report(report(package, variant(1e-9)), tmp_path / "out").is_file()
+    else:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            write_report(report(package, variant(1e-9)), tmp_path / "out")
+        assert caught.value.filename == str(package.path / "parity" / "report.json")
+    assert not list((package.path / "parity").glob("*report*"))
 
 
 def test_markdown_is_made_from_the_json_alone(package):

@@ -6,6 +6,7 @@ sha256: a report of other bytes is no evidence.
 """
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -168,12 +169,17 @@ def report_json(report: Report) -> dict[str, Any]:
 
 
 def write_report(report: Report, folder: Path) -> Path:
-    """Writes report.json and report.md into `folder` and a copy into the package's parity/; returns the JSON file."""
+    """Writes report.json and report.md into `folder`, and a copy into parity/ of a package that may be written to.
+
+    Returns the JSON file.
+    """
     document = report_json(report)
-    for place in (folder, report.package.path / "parity"):
-        place.mkdir(parents=True, exist_ok=True)
-        _replace(place / "report.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        _replace(place / "report.md", markdown(document))
+    _write(document, folder)
+    try:
+        _write(document, report.package.path / "parity")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
     return folder / "report.json"
 
 
@@ -293,11 +299,23 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _write(document: Mapping[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "report.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _replace(folder / "report.md", markdown(document))
+
+
 def _replace(file: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = file.with_name(f".{file.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        error.filename = error.filename or str(file)  # a full disk comes without one
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def manifest_sha256(package: Package) -> str:
