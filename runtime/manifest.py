@@ -4,6 +4,7 @@ Preprocessing, prompt, positions and cache are data here. The runtime holds one 
 which family a package came from. Pixel counts are in pixels, patch and merge sizes in pixels and patches a side.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -61,6 +62,11 @@ class ImageSpec:
     rescale: float
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
+    def __post_init__(self) -> None:
+        _above_zero(self, "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"std is {list(self.std)}; each has to be above 0")
+
 
 @dataclass(frozen=True)
 class VideoSpec:
@@ -75,6 +81,9 @@ class VideoSpec:
     max_pixels: int  # a frame
     total_pixels: int  # over all frames of a clip
     default_fps: float  # of a list of frames that comes without one
+
+    def __post_init__(self) -> None:
+        _above_zero(self, *vars(self).keys() - {"sampling"})
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,9 @@ class CacheSpec:
     head_dim: int
     dtype: Literal["float32", "float16"]
     max_length: int  # tokens; the longest sequence that the model was made for
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "num_layers", "num_kv_heads", "head_dim", "max_length")
 
 
 @dataclass(frozen=True)
@@ -180,9 +192,19 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:
             raise ValueError(f"schema {self.schema!r} is not {SCHEMA!r}: export the checkpoint again with this version")
+        if not self.variants:
+            raise ValueError("variants is empty; export the checkpoint again")
         unknown = sorted(set(self.roles) - set(ROLES))
         if unknown:
             raise ValueError(f"unknown role {unknown[0]!r}; known roles are {', '.join(ROLES)}")
         for name, variant in self.variants.items():
             if set(variant.graphs) != set(self.roles):
                 raise ValueError(f"variant {name!r} has graphs for {sorted(variant.graphs)}, not {sorted(self.roles)}")
+
+
+def _above_zero(spec: Any, *names: str) -> None:
+    """Raises ValueError naming the first field, by name, that is not a finite number above 0."""
+    for name in sorted(names):
+        value = getattr(spec, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it has to be above 0")

@@ -54,8 +54,6 @@ class Package:
     def variant(self, name: str | None = None) -> Variant:
         """The named variant, or the only or first one. Raises PackageError that lists what there is."""
         variants = self.manifest.variants
-        if not variants:
-            raise PackageError(f"{self.path / MANIFEST_NAME}: variants is empty; export the checkpoint again")
         if name is None:
             return next(iter(variants.values()))
         if name not in variants:

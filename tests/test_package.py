@@ -114,6 +114,31 @@ def test_graphs_are_listed_files(package: Path, name: str) -> None:
         Package.open(package)
 
 
+IMAGE = {
+    "strategy": "smart_resize",
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "rescale": 1 / 255,
+    "min_pixels": 3136,
+    "max_pixels": 20000,
+    "mean": [0, 0, 0],
+    "std": [1, 1, 1],
+    "resample": "bicubic",
+}
+VIDEO = {
+    "sampling": "linspace",
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": 768,
+    "frame_multiple": 2,
+    "min_pixels": 3136,
+    "max_pixels": 20000,
+    "total_pixels": 10**6,
+    "default_fps": 2.0,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -126,13 +151,17 @@ def test_graphs_are_listed_files(package: Path, name: str) -> None:
         (lambda data: data["cache"].update(num_layers="four"), "cache.num_layers"),
         (lambda data: data["cache"].update(num_layers=True), "cache.num_layers"),
         (lambda data: data.update(variants={}), "variants is empty"),
+        (lambda data: data["cache"].update(max_length=-5), r"cache: max_length is -5; it has to be above 0"),
+        (lambda data: data.update(image=IMAGE | {"patch_size": 0}), r"image: patch_size is 0"),
+        (lambda data: data.update(image=IMAGE | {"std": [1, 0, 1]}), r"image: std is \[1\.0, 0\.0, 1\.0\]"),
+        (lambda data: data.update(video=VIDEO | {"fps": 0}), r"video: fps is 0"),
         (lambda data: data["files"].update(x=None), "files.x"),
     ],
 )
 def test_wrong_manifest_names_its_field(package: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
     edit(package, change)
     with pytest.raises(PackageError, match=message):
-        Package.open(package).variant()
+        Package.open(package)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"3", b"[" * 100_000, b'{"schema": NaN}'])
