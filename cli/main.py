@@ -9,8 +9,10 @@ import importlib.metadata
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from ..runtime.errors import VlmportError
 
@@ -46,8 +48,13 @@ _PIPE_CLOSED = 128 + 13  # and SIGPIPE
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `vlmport` with `argv` (default: the arguments of the process) and returns the exit status."""
+    if sys.stdout is None:  # `>&-`
+        return _complain("standard output is closed; redirect it to a file or to /dev/null")
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # warnings are for programmers: Pillow has some for images that are merely odd
+                warnings.simplefilter("ignore")
+            status = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, so that a closed pipe is met inside this block
         return status
     except VlmportError as error:
@@ -80,9 +87,16 @@ def _run(arguments: list[str]) -> int:
     return modules[parsed.command].execute(parsed)
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a wrong argument as any other mistake, in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_complain(f"{message} (see `{self.prog} --help`)"))
+
+
 def _parser(arguments: list[str]) -> tuple[argparse.ArgumentParser, dict[str, ModuleType]]:
     """The parser, with the options of the one command that is called; and the module of that command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vlmport",
         description="Ports vision-language models to ONNX and proves how close they stay.",
         allow_abbrev=False,
@@ -106,7 +120,9 @@ def _version() -> str:
 
 
 def _complain(message: str) -> int:
-    print(f"vlmport: error: {' '.join(message.split())}", file=sys.stderr)
+    """One line that cannot steer a terminal: file names and packages may hold escape sequences."""
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in " ".join(message.split()))
+    print(f"vlmport: error: {line}", file=sys.stderr)
     return _MISTAKE
 
 

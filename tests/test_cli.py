@@ -4,8 +4,11 @@ import argparse
 import importlib
 import io
 import os
+import re
+import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 
@@ -76,6 +79,12 @@ def raising(error: BaseException) -> Callable[[], int]:
     return act
 
 
+def test_warnings_are_no_noise(fake: Callable[..., None], recwarn: pytest.WarningsRecorder) -> None:
+    fake(lambda: warnings.warn("Palette images with Transparency", stacklevel=1) or 0)
+    assert cli.main(["fake"]) == 0
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("status", [0, 1])
 def test_status_of_the_command_is_the_status(fake: Callable[..., None], status: int) -> None:
     fake(lambda: status)
@@ -118,7 +127,21 @@ def test_our_own_bugs_keep_their_traceback(fake: Callable[..., None], error: Exc
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["inspect"], ["inspect", "a", "--nonsense"], ["--jso"]])
 def test_wrong_arguments_are_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 2
-    assert "vlmport" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert re.fullmatch(r"vlmport: error: .+ \(see `vlmport( inspect)? --help`\)\n", captured.err)
+    assert captured.out == ""
+
+
+def test_a_mistake_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "a\x1b[31m\udcffb\u202e"]) == 2
+    assert capsys.readouterr().err.startswith(r"vlmport: error: a\x1b[31m\udcffb\u202e: not a package")
+
+
+def test_a_closed_stdout_is_told() -> None:
+    command = f"{shlex.quote(sys.executable)} -m vlmport.cli.main --version >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "standard output is closed" in done.stderr
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
