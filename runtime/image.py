@@ -130,7 +130,7 @@ def _from_bytes(data: bytes, max_source_pixels: int, label: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise CapacityError(f"{label}: {error}; make the image smaller") from error
+        raise CapacityError(f"{label}: {str(error).partition(', could be')[0]}; make the image smaller") from error
     except _DAMAGE as error:
         raise InputError(
             f"{label}: is not an image of a known format ({', '.join(_FORMATS)}), or its header is damaged"
@@ -144,7 +144,7 @@ def _decode(image: Image.Image, max_source_pixels: int, label: str) -> Image.Ima
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise CapacityError(f"{label}: {error}; make the image smaller") from error
+        raise CapacityError(f"{label}: {str(error).partition(', could be')[0]}; make the image smaller") from error
     except _DAMAGE as error:
         raise InputError(f"{label}: is a damaged image ({error}); copy or convert it again") from error
 
@@ -201,7 +201,7 @@ def fit(image: Image.Image, spec: ImageSpec, options: ImageOptions, name: str) -
             raise InputError(f"{name}: {option} is {value}; give a number of pixels above 0")
     if limits["min_pixels"] > limits["max_pixels"]:
         raise InputError(
-            f"{name}: min_pixels {limits['min_pixels']} is over max_pixels {limits['max_pixels']}; give both"
+            f"{name}: min_pixels {limits['min_pixels']} is over max_pixels {limits['max_pixels']}; raise max_pixels"
         )
     try:
         return smart_resize(image.height, image.width, spec.patch_size * spec.merge_size, **limits)

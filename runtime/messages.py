@@ -264,7 +264,8 @@ def _text(value: Any, where: str) -> str:
             text.encode()
         except UnicodeEncodeError as error:
             raise InputError(
-                f"{where}: holds half of a surrogate pair at {error.start}; send whole characters"
+                f"{where}: holds half of a surrogate pair, or a byte that is not UTF-8, at {error.start}; "
+                "send whole characters"
             ) from error
     return text
 

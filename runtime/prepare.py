@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import InputError, PackageError
 from .generate import Timings
-from .image import Patches, load_image, preprocess_images
+from .image import Patches, load_image, preprocess_images, source_label
 from .manifest import Manifest
 from .messages import Visual, read_messages
 from .positions import VisualRun, positions
@@ -109,14 +109,16 @@ def _load_patches(manifest: Manifest, visual: Visual) -> tuple[Patches, Timings]
     """The patches of one visual, and the time it took to decode and to cut it up."""
     if manifest.image is None or (visual.kind == "video" and manifest.video is None):
         raise InputError(f"{visual.where}: this model takes no {visual.kind}; leave it out")
+    source = visual.source
+    label = source_label(source, visual.where) if isinstance(source, (str, Path)) else visual.where
     started = time.perf_counter()
     if visual.kind == "image":
         image = load_image(visual.source, name=visual.where)
         decoded = time.perf_counter()
-        patches = preprocess_images([image], manifest.image, visual.image_options, name=visual.where)
+        patches = preprocess_images([image], manifest.image, visual.image_options, name=label)
     else:
         assert manifest.video is not None
         clip = load_clip(visual.source, manifest.video, manifest.image, visual.clip_options, name=visual.where)
         decoded = time.perf_counter()
-        patches = preprocess_clip(clip, manifest.image, visual.image_options, name=visual.where)
+        patches = preprocess_clip(clip, manifest.image, visual.image_options, name=label)
     return patches, Timings(decode_image=decoded - started, preprocess=time.perf_counter() - decoded)

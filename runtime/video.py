@@ -115,9 +115,9 @@ def sampled_frames(total: int, fps: float, spec: VideoSpec, options: ClipOptions
     bounds, down to a multiple. "linspace" (qwen-vl-utils) spreads them from the first to the last frame; "arange"
     (transformers 5) takes the first of each of n equal stretches. Raises InputError for too short a clip.
     """
-    if not total:
-        raise InputError(f"{name}: has no frames; give a video with at least {spec.frame_multiple}")
     multiple = spec.frame_multiple
+    if total < multiple:
+        raise InputError(f"{name}: has {total or 'no'} frames; give a video with at least {multiple}")
     if options.num_frames is not None:
         count = round(options.num_frames / multiple) * multiple
     else:
@@ -204,7 +204,7 @@ def _fitted(frames: Iterable[Image.Image], count: int, wish: _Wish) -> tuple[Ima
     high = max(min(spec.max_pixels, total / count * spec.frame_multiple), int(low * 1.05))
     high = min(high, options.max_pixels or high)
     if low > high:
-        raise InputError(f"{wish.label}: min_pixels {low} is over max_pixels {high:.0f}; give both")
+        raise InputError(f"{wish.label}: min_pixels {low} is over max_pixels {high:.0f}; raise max_pixels")
     return tuple(_resized(frame, low, high, wish) for frame in frames)
 
 

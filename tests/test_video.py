@@ -100,7 +100,7 @@ def test_linspace_is_that_of_torch(total: int, pairs: int) -> None:
 
 @pytest.mark.parametrize("total", [0, 1])
 def test_clips_that_are_too_short(total: int) -> None:
-    with pytest.raises(InputError, match="has no frames" if total == 0 else "0 frames of its 1"):
+    with pytest.raises(InputError, match=rf"has {total or 'no'} frames?; give a video with at least 2"):
         sampled_frames(total, 25.0, VIDEO, ClipOptions())
 
 
@@ -169,7 +169,7 @@ def test_frames_share_a_budget_of_pixels() -> None:
     assert size(min_pixels=150_000, total_pixels=1) > 140_000, "a limit of one clip"
     assert size(spec_min_pixels=50_000, max_pixels=55_000) <= 55_000
     assert size(min_pixels=200_000) >= 200_000
-    with pytest.raises(InputError, match="min_pixels 100352 is over max_pixels 5000; give both"):
+    with pytest.raises(InputError, match="min_pixels 100352 is over max_pixels 5000; raise max_pixels"):
         size(max_pixels=5000)
 
 
