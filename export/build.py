@@ -11,6 +11,7 @@ from pathlib import Path
 from ..quant.recipe import Recipe
 from ..quant.store import Progress
 from ..quant.variant import write_variant
+from ..runtime.errors import RecipeError
 from ..runtime.manifest import SCHEMA, CacheSpec, FileEntry, Manifest, Source, Variant
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
 from .documents import collect_documents
@@ -43,6 +44,7 @@ def export_checkpoint(
     """
     target_folder = Path(output)
     check_output(target_folder, overwrite)
+    _check_names(recipes)
     graphs = float_graphs(checkpoint, target, lambda what: progress(0, 0, what))
     parts = graphs.family.manifest(graphs.checkpoint.config, graphs.checkpoint.documents)
     documents = collect_documents(graphs.checkpoint, with_prompt=parts.prompt is not None)
@@ -55,6 +57,14 @@ def export_checkpoint(
         (folder / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
         finish(folder)
     return Package.open(target_folder)
+
+
+def _check_names(recipes: Sequence[Recipe]) -> None:
+    if not recipes:
+        raise RecipeError("recipes: none is given; a package has at least one variant")
+    for recipe in recipes:
+        if any(other.name == recipe.name and other != recipe for other in recipes):
+            raise RecipeError(f"recipe {recipe.name}: two of this name have other rules; rename one of them")
 
 
 def _write_variants(

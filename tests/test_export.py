@@ -19,8 +19,8 @@ from vlmport.cli.main import main
 from vlmport.export import build
 from vlmport.export.build import export_checkpoint
 from vlmport.export.output import whole_folder
-from vlmport.quant.recipe import load_recipe
-from vlmport.runtime.errors import CheckpointError, PackageError, VlmportError
+from vlmport.quant.recipe import Recipe, Rule, WeightFormat, load_recipe
+from vlmport.runtime.errors import CheckpointError, PackageError, RecipeError, VlmportError
 from vlmport.runtime.package import MANIFEST_NAME, Package
 
 GOLDEN = Path(__file__).parent / "goldens" / "qwen2_5_vl" / "tiny_a"
@@ -202,6 +202,15 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(VlmportError, match="free") as caught:
         export_checkpoint(GOLDEN, tmp_path / "package", FP32)
     assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_two_recipes_of_one_name(tmp_path: Path) -> None:
+    first, second = (Recipe("mine", (Rule("*/*.weight", WeightFormat(bits)),)) for bits in (8, 4))
+    with pytest.raises(RecipeError, match="recipe mine: two of this name"):
+        export_checkpoint(GOLDEN, tmp_path / "package", [first, second])
+    with pytest.raises(RecipeError, match="none is given"):
+        export_checkpoint(GOLDEN, tmp_path / "package", [])
     assert os.listdir(tmp_path) == []
 
 
