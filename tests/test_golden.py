@@ -218,6 +218,26 @@ def test_statistics_stand_in_for_a_tensor_that_is_not_stored(folder, package_tin
     assert "no bits to compare" in said["vision (hash)"]
 
 
+def test_statistics_of_logits_and_their_shape(folder, package_tiny_b):
+    only(folder, "image_upscale")
+    golden = load_golden(folder)
+    entry = next(entry for entry in golden.cases["image_upscale"].stages if entry.stage == "prefill_logits_last")
+    array = golden.tensors[entry.tensor].astype(np.float64)
+    shape = list(array.shape)
+
+    def change(document):
+        case = document["cases"]["image_upscale"]
+        case["stages"] = [stage for stage in case["stages"] if stage["stage"] != entry.stage]
+        case["hashes"]["last"] = {"stage": entry.stage, "shape": shape, "mean": array.mean(), "max": array.max()}
+
+    edit(folder, change)
+    rows = {row.stage: row for row in validated(package_tiny_b, folder).rows}
+    assert rows["prefill_logits_last (mean, max)"].outcome == "PASS"
+    edit(folder, lambda d: d["cases"]["image_upscale"]["hashes"]["last"].update(shape=[1, *shape]))
+    rows = {row.stage: row for row in validated(package_tiny_b, folder).rows}
+    assert rows["prefill_logits_last (hash)"].outcome == "FAIL"
+
+
 def test_unknown_alternatives_and_other_kinds_of_requests_are_listed(folder, package_tiny_b):
     def change(document):
         penalty = document["alternatives"].pop("repetition_penalty_1.05")
