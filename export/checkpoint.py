@@ -142,7 +142,7 @@ def resolve(
 def _read_json(file: Path) -> Json:
     try:
         value: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file}: not valid JSON ({error}); copy the file again") from error
     return value if isinstance(value, dict) else {}
 

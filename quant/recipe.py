@@ -208,5 +208,5 @@ def _read_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: no such file; builtin recipes are {', '.join(BUILTIN_NAMES)}") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
-    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecipeError(f"{path}: {error}") from error

@@ -115,7 +115,7 @@ def test_truncated_weights(tmp_path: Path, keep: int) -> None:
     assert "model.safetensors: truncated" in message(file.parent)
 
 
-@pytest.mark.parametrize("content", ["", "{", "\xff"])
+@pytest.mark.parametrize("content", ["", "{", "\xff", "[" * 100_000])
 def test_bad_json(tmp_path: Path, content: str) -> None:
     folder = broken(tmp_path)
     (folder / "config.json").write_text(content, encoding="latin-1")

@@ -135,6 +135,9 @@ def test_bad_names_and_options(tmp_path: Path) -> None:
         load_recipe(str(tmp_path / "missing.json"))
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe(f"{tmp_path}/")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match=r"binary\.json"):
         load_recipe(str(tmp_path / "binary.json"))
+    with pytest.raises(RecipeError, match=r"deep\.json"):
+        load_recipe(str(tmp_path / "deep.json"))

@@ -73,6 +73,12 @@ def test_no_task_json(tmp_path):
         load_task(tmp_path)
 
 
+def test_a_task_nested_too_deep(tmp_path):
+    (tmp_path / "task.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(InputError, match=r"task\.json: .*recursion"):
+        load_task(tmp_path)
+
+
 def scored(*pairs):
     """Of (expected, reference, answer)."""
     items = [Item(str(n), "x.png", "?", expected, f"k{n % 2}") for n, (expected, _, _) in enumerate(pairs)]

@@ -287,7 +287,7 @@ def load_gates(file: Path, base: GateTable = DEFAULT_GATES) -> GateTable:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: there is no such gates file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file}: not JSON: {error}") from error
     _known(file, "", data, {"schema", "gates", "tie_margin"})
     if data.get("schema") != GATES_SCHEMA:

@@ -199,7 +199,7 @@ def load_golden(folder: Path) -> Golden:
     file = folder / _FILE
     try:
         document = from_json(_Document, json.loads(file.read_text(encoding="utf-8")))
-    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file}: {error}") from error
     tensors = _read_tensors(folder, "expected.safetensors")
     for name, alternative in document.alternatives.items():

@@ -253,7 +253,7 @@ def _read(folder: Path) -> _Document:
         raise PackageError(f"{file}: missing, so there is nothing to check this box with; {_AGAIN}")
     try:
         document = from_json(_Document, json.loads(file.read_text(encoding="utf-8")))
-    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise PackageError(f"{file}: {error}") from error
     picture = folder / _PICTURE
     if document.picture_sha256 is not None:

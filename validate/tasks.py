@@ -86,7 +86,7 @@ def load_task(folder: Path) -> Task:
         task = from_json(Task, json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{file}: missing; --task takes a folder with a task.json") from None
-    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{file}: {error}") from error
     for item in task.items:
         parts = PurePosixPath(item.image).parts
