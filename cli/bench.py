@@ -107,9 +107,9 @@ def execute(args: argparse.Namespace) -> int:
             variants[name] = _in_own_process(package.path, name, image, args.max_new_tokens, args.repeats)
     report = BenchReport("vlmport-bench/1", str(package.path), _box(), args.repeats, image.size, variants)
     text = json.dumps(to_json(report), indent=2, ensure_ascii=False)
+    print(text if args.json else render(report), flush=True)  # first: what took minutes is not lost to a full disk
     _RESULT.parent.mkdir(parents=True, exist_ok=True)
     _RESULT.write_text(text + "\n", encoding="utf-8")
-    print(text if args.json else render(report))
     return 0
 
 

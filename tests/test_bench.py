@@ -64,6 +64,17 @@ def test_mistakes(
     assert not (here / "build").exists()
 
 
+def test_figures_are_printed_even_where_they_cannot_be_kept(
+    package_tiny_a: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "build").touch()  # a file, where a folder is to be made
+    options = ["--variant", "int4", "--repeats", "1", "--max-new-tokens", "2"]
+    assert main(["bench", str(package_tiny_a), *options]) == 2
+    captured = capsys.readouterr()
+    assert "int4" in captured.out
+    assert captured.err == "vlmport: error: build: File exists\n"
+
+
 @given(st.lists(st.floats(0, 1e9), min_size=1))
 def test_spread_holds_all_values(values: list[float]) -> None:
     spread = Spread.of(values)
