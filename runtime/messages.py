@@ -159,7 +159,7 @@ def _fill(visuals: Sequence[Visual], attached: Mapping[str, Sequence[Any]], requ
         _expect(
             slots == len(objects),
             "messages",
-            f"{slots} {kind} parts come without data, but {len(objects)} {kind}s are attached; attach one a part",
+            f"{slots} {kind} parts have no data and {len(objects)} {kind}s are attached; give each part its {kind}",
         )
     waiting = {kind: iter(objects) for kind, objects in attached.items()}
     return tuple(

@@ -115,6 +115,7 @@ def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None 
         options.intra_op_num_threads = num_threads
     try:
         raw = ort.InferenceSession(str(path), sess_options=options, providers=_providers(target), enable_fallback=0)
+        session = GraphSession(raw, path, target)
     except _ort_errors() as error:
         raise PackageError(
             f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {_first_line(error)}"
@@ -124,7 +125,7 @@ def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None 
             f"{path}: onnxruntime-gpu {ort.__version__} is installed, but its CUDA provider did not start; install the "
             "CUDA and cuDNN libraries it was built for, or export with --target cpu"
         )
-    return GraphSession(raw, path, target)
+    return session
 
 
 def ort_value(array: Array, device: Device = "cpu") -> Any:

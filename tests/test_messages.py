@@ -86,9 +86,9 @@ def test_parts_without_data_take_what_is_attached_in_order() -> None:
 @pytest.mark.parametrize(
     ("attached", "message"),
     [
-        ({}, "1 image parts come without data, but 0 images are attached"),
-        ({"images": ["a", "b"]}, "1 image parts come without data, but 2 images are attached"),
-        ({"images": ["a"], "videos": ["b"]}, "0 video parts come without data, but 1 videos are attached"),
+        ({}, "1 image parts have no data and 0 images are attached"),
+        ({"images": ["a", "b"]}, "1 image parts have no data and 2 images are attached"),
+        ({"images": ["a"], "videos": ["b"]}, "0 video parts have no data and 1 videos are attached"),
     ],
 )
 def test_too_few_or_too_many_attached(attached: dict[str, Any], message: str) -> None:
