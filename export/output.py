@@ -18,6 +18,7 @@ __all__ = ["check_output", "whole_folder"]
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
+    """Raises PackageError where something is in the way of the output; `overwrite` lets a package go, nothing else."""
     if not folder.exists() and not folder.is_symlink():
         return
     if overwrite and (folder / MANIFEST_NAME).is_file() and not folder.is_symlink():

@@ -27,10 +27,10 @@ from ..layers import (
     DecoderConfig,
     GatedMLP,
     PackedAttention,
+    PackedBlock,
     PatchEmbed,
     PatchMerger,
     RMSNorm,
-    RotaryTables,
     axis_angles,
     frequencies,
     reorder_blocks,
@@ -94,6 +94,7 @@ def vision_config(config: Json) -> VisionConfig:
 
 
 def patch_geometry(config: Json) -> PatchGeometry:
+    """Sizes of a patch; files spell the channels in two ways."""
     channels = read_size(config, "vision_config.in_channels", read_size(config, "vision_config.in_chans", 3))
     return PatchGeometry(
         channels=channels,
@@ -114,23 +115,18 @@ def vision_frequencies(config: Json, width: int, num_heads: int) -> tuple[float,
 
 
 def decoder_config(config: Json) -> DecoderConfig:
+    """Qwen2 with biased query, key and value, and positions for time, height and width."""
     return read_decoder(config, qkv_bias=True, num_axes=3, default_theta=1000000.0)
 
 
 # Modules
 
 
-class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.norm1 = RMSNorm(config.width, VISION_EPS)
-        self.norm2 = RMSNorm(config.width, VISION_EPS)
-        self.attn = PackedAttention(config.width, config.num_heads)
-        self.mlp = GatedMLP(config.width, config.inner, bias=True)
-
-    def forward(self, x_NC: torch.Tensor, rotary: RotaryTables, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        x_NC = x_NC + self.attn(self.norm1(x_NC), rotary, cu_seqlens)
-        return x_NC + self.mlp(self.norm2(x_NC))
+def vision_block(config: VisionConfig) -> PackedBlock:
+    norm1, norm2 = (RMSNorm(config.width, VISION_EPS) for _ in range(2))
+    return PackedBlock(
+        norm1, norm2, PackedAttention(config.width, config.num_heads), GatedMLP(config.width, config.inner, bias=True)
+    )
 
 
 class VisionEncoder(nn.Module):
@@ -140,7 +136,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config.geometry.patch_dim, config.width)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(vision_block(config) for _ in range(config.num_layers))
 
     def forward(
         self,
@@ -184,6 +180,7 @@ def roles(config: Json) -> dict[str, RoleSpec]:
 
 
 def text_roles(config: Json) -> dict[str, RoleSpec]:
+    """embed_tokens and decoder, the same in both siblings."""
     return language_roles(decoder_config(config), "model.language_model.", tied=is_tied(config))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..family import FamilySpec, Json, ManifestParts, RoleSpec
 from ..fields import read_field, read_size
 from ..image_processor import PatchGeometry
-from ..layers import Linear, PackedAttention, PatchEmbed, PatchMerger, RotaryTables, axis_angles, quick_gelu
+from ..layers import Linear, PackedAttention, PackedBlock, PatchEmbed, PatchMerger, axis_angles, quick_gelu
 from ..roles import packed_vision_role, projector_role
 from ..text_config import check_activation
 from .qwen2_5_vl import manifest_parts, normalise, patch_geometry, text_roles, unused, vision_frequencies
@@ -67,17 +67,9 @@ class MLP(nn.Module):
         return self.fc2(quick_gelu(self.fc1(x_NC)))
 
 
-class VisionBlock(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.width, VISION_EPS)
-        self.norm2 = nn.LayerNorm(config.width, VISION_EPS)
-        self.attn = PackedAttention(config.width, config.num_heads)
-        self.mlp = MLP(config)
-
-    def forward(self, x_NC: torch.Tensor, rotary: RotaryTables, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        x_NC = x_NC + self.attn(self.norm1(x_NC), rotary, cu_seqlens)
-        return x_NC + self.mlp(self.norm2(x_NC))
+def vision_block(config: VisionConfig) -> PackedBlock:
+    norm1, norm2 = (nn.LayerNorm(config.width, VISION_EPS) for _ in range(2))
+    return PackedBlock(norm1, norm2, PackedAttention(config.width, config.num_heads), MLP(config))
 
 
 class VisionEncoder(nn.Module):
@@ -87,7 +79,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.patch_embed = PatchEmbed(config.geometry.patch_dim, config.width)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(vision_block(config) for _ in range(config.num_layers))
 
     def forward(
         self, pixel_values: torch.Tensor, patch_positions: torch.Tensor, cu_seqlens: torch.Tensor

@@ -6,7 +6,7 @@ from .linear import Embedding, Linear, TokenEmbedding
 from .mlp import GatedMLP, quick_gelu
 from .norm import RMSNorm
 from .rope import apply_rotary, frequencies, multi_axis_angles
-from .vision import PackedAttention, PatchEmbed, PatchMerger, RotaryTables, axis_angles, reorder_blocks
+from .vision import PackedAttention, PackedBlock, PatchEmbed, PatchMerger, RotaryTables, axis_angles, reorder_blocks
 
 __all__ = [
     "CausalDecoder",
@@ -15,6 +15,7 @@ __all__ = [
     "GatedMLP",
     "Linear",
     "PackedAttention",
+    "PackedBlock",
     "PatchEmbed",
     "PatchMerger",
     "RMSNorm",

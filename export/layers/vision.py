@@ -11,7 +11,15 @@ from .linear import Linear
 from .norm import RMSNorm
 from .rope import apply_rotary, multi_axis_angles
 
-__all__ = ["PackedAttention", "PatchEmbed", "PatchMerger", "RotaryTables", "axis_angles", "reorder_blocks"]
+__all__ = [
+    "PackedAttention",
+    "PackedBlock",
+    "PatchEmbed",
+    "PatchMerger",
+    "RotaryTables",
+    "axis_angles",
+    "reorder_blocks",
+]
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, float32 [1, N, F]
 
@@ -43,6 +51,20 @@ class PackedAttention(nn.Module):
             for part in (qkv[:, :c], qkv[:, c : 2 * c])
         )
         return self.proj(segment_attention(query, key, qkv[:, 2 * c :], cu_seqlens, self.num_heads))
+
+
+class PackedBlock(nn.Module):
+    """A pre-norm block of a tower: attention, then the MLP, each added to x [N, C]."""
+
+    def __init__(self, norm1: nn.Module, norm2: nn.Module, attn: PackedAttention, mlp: nn.Module) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = norm1, norm2
+        self.attn = attn
+        self.mlp = mlp
+
+    def forward(self, x_NC: torch.Tensor, rotary: RotaryTables, cu_seqlens: torch.Tensor) -> torch.Tensor:
+        x_NC = x_NC + self.attn(self.norm1(x_NC), rotary, cu_seqlens)
+        return x_NC + self.mlp(self.norm2(x_NC))
 
 
 class PatchMerger(nn.Module):
