@@ -27,7 +27,7 @@ Kind = Literal["total", "price", "dearest", "count", "text"]
 
 KINDS: tuple[Kind, ...] = ("total", "price", "dearest", "count", "text")
 MAX_ITEMS = 8
-MAX_NEW_TOKENS = 160  # the longest whole text takes about 110 tokens
+MAX_NEW_TOKENS = 128  # the longest whole text takes about 100 tokens
 HELDOUT_SHARE = 16  # one text in so many is held out
 PRICE_CENTS = (5, 9999)
 DEAREST_GAP = 1.2  # the dearest item costs at least so many times the second: reading must decide, not the last cent
