@@ -5,6 +5,7 @@ python examples/receipts/train.py --work DIR --minutes 95
 
 import argparse
 import math
+import shutil
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from batches import NO_TARGET, Batch, Lesson, into_batches, make_rows, training_batches
+from evaluate import load_model
 from inputs import normalise
 from model import build_model
 from save import save_checkpoint
@@ -136,6 +138,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.ranks)
     tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     model = build_model(tokenizer.get_vocab(), args.seed)
+    if args.start is not None:
+        model.load_state_dict(load_model(args.start).state_dict())
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = Run(model, make_optimizers(model, args.weight_decay), average, Lesson())
     if (args.work / "state.pt").exists():
@@ -183,10 +187,13 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="checkpoint whose weights and tokenizer to begin with")
     parser.add_argument("--ranks", type=int, default=2, help="processes of one thread each")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     (args.work / "rendezvous").unlink(missing_ok=True)
+    if args.start is not None:
+        shutil.copy(args.start / "tokenizer.json", args.work / "tokenizer.json")
     if not (args.work / "tokenizer.json").exists():
         train_tokenizer().save(str(args.work / "tokenizer.json"))
     torch.multiprocessing.spawn(train, (args,), nprocs=args.ranks)
