@@ -36,9 +36,8 @@ def answer_logits(model, batch: Batch) -> torch.Tensor:
         pixel_values=torch.from_numpy(normalise(batch.patches.numpy())),
         image_grid_thw=batch.grid,
         position_ids=batch.positions,
-        attention_mask={
-            "full_attention": batch.attention_bias(model.dtype)
-        },  # of one layer type, as the model would make it itself
+        # of one layer type, as the model would make it itself
+        attention_mask={"full_attention": batch.attention_bias(model.dtype)},
         use_cache=False,
     ).last_hidden_state
     return model.lm_head(hidden[batch.targets != NO_TARGET])
@@ -138,7 +137,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=args.ranks)
     tokenizer = Tokenizer.from_file(str(args.work / "tokenizer.json"))
     model = build_model(tokenizer.get_vocab(), args.seed)
-    if args.start is not None:
+    if args.start is not None and not (args.work / "state.pt").exists():
         model.load_state_dict(load_model(args.start).state_dict())
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
     run = Run(model, make_optimizers(model, args.weight_decay), average, Lesson())
