@@ -129,8 +129,8 @@ def load_face(number: int, size: int) -> ImageFont.FreeTypeFont:
 
 def draw_colours(rng: np.random.Generator, variety: float) -> tuple[np.ndarray, np.ndarray]:
     """Paper and ink, float [3] in 0..255. Papers are tinted; one receipt in six is light on dark."""
-    paper = 255 - variety * (rng.uniform(0, 65) + rng.uniform(0, 35, size=3))
-    ink = variety * (rng.uniform(0, 90) + rng.uniform(0, 30, size=3))
+    paper = 255 - variety * (rng.uniform(0, 50) + rng.uniform(0, 25, size=3))
+    ink = variety * (rng.uniform(0, 60) + rng.uniform(0, 25, size=3))
     return (ink, paper) if rng.random() < variety / 6 else (paper, ink)
 
 

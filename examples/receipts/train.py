@@ -1,6 +1,6 @@
 """Trains the demo checkpoint on two CPU cores; resumes from its state file, writes Hugging Face checkpoints as it goes.
 
-python examples/receipts/train.py --work DIR --minutes 95
+python examples/receipts/train.py --work DIR --steps 10000
 """
 
 import argparse
@@ -75,7 +75,7 @@ def make_optimizers(model: torch.nn.Module, weight_decay: float) -> list[torch.o
 
 
 def learning_share(step: int, progress: float) -> float:
-    """Part of the peak learning rate: linear warm-up by steps, then a cosine over the time budget."""
+    """Part of the peak learning rate: linear warm-up by steps, then a cosine over all steps."""
     return min(1.0, (step + 1) / WARM_UP_STEPS) * max(0.0, 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
@@ -148,7 +148,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
     )  # computes; float32 weights are kept beside
     watch = into_batches(make_rows(tokenizer, "heldout", WATCH_SEED, range(64))) if rank == 0 else []
 
-    begun, progress, losses = time.monotonic() - run.seconds, run.seconds / (60 * args.minutes), []
+    begun, losses = time.monotonic() - run.seconds, []
     for chunk, batch in training_batches(tokenizer, args.seed + rank, run.chunk, run.lesson):
         run.chunk = chunk
         swift.load_state_dict(model.state_dict())
@@ -157,7 +157,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         loss.backward()
         mean_loss, run.seconds = average_over_ranks(swift, model, loss.item(), time.monotonic() - begun)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        progress = run.seconds / (60 * args.minutes)
+        progress = (run.step + 1) / args.steps
         for optimizer in run.optimizers:
             optimizer.param_groups[0]["lr"] = args.learning_rate * learning_share(run.step, progress)
             optimizer.step()
@@ -182,8 +182,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the receipts demo.")
     parser.add_argument("--work", type=Path, required=True, help="folder for the state, the log and the checkpoint")
-    parser.add_argument("--minutes", type=float, default=95, help="wall time in all, over every resumption")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--steps", type=int, default=10000, help="in all, over every resumption; about 0.6 s each")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="checkpoint whose weights and tokenizer to begin with")
