@@ -1,6 +1,7 @@
-"""The two attentions of a vision-language model: packed segments without a cache, and causal with one.
+"""The attentions of a vision-language model: packed segments without a cache, and causal with one.
 
-Dims: N packed tokens, B batch, S new tokens, P cached, T total, H query heads, G key/value heads, E head size.
+Dims: N packed queries, M packed keys, B batch, S new tokens, P cached, T total, H query heads, G key/value heads, E
+head size.
 """
 
 from itertools import pairwise
@@ -9,28 +10,62 @@ import torch
 
 from .semantic import emit, emit_many, is_tracing
 
-__all__ = ["cached_attention", "last_positions", "segment_attention"]
+__all__ = ["cached_attention", "last_positions", "segment_attention", "segment_cross_attention"]
 
 
 def segment_attention(
-    q_ND: torch.Tensor, k_ND: torch.Tensor, v_ND: torch.Tensor, cu_seqlens: torch.Tensor, num_heads: int
+    q_ND: torch.Tensor,
+    k_ND: torch.Tensor,
+    v_ND: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
 ) -> torch.Tensor:
-    """Bidirectional attention inside each segment, [N, H*E]; scale 1/sqrt(E), softmax in float32.
+    """Bidirectional attention inside each segment, [N, H*E]; softmax in float32, `scale` 1/sqrt(E) where not given.
 
     `cu_seqlens` int32 [num_segments + 1]: segment i is rows cu_seqlens[i] to cu_seqlens[i+1]. Images of any sizes are
     packed into one call this way, without padding (NaViT, arXiv 2307.06304).
     """
     if is_tracing():
-        attributes = {"num_heads": num_heads, "scale": (q_ND.shape[-1] // num_heads) ** -0.5}
+        attributes = {"num_heads": num_heads, "scale": _scale(q_ND, num_heads, scale)}
         inputs = [q_ND, k_ND, v_ND, cu_seqlens]
         return emit("SegmentAttention", inputs, shape=q_ND.shape, dtype=q_ND.dtype, attributes=attributes)
-    bounds = cu_seqlens.tolist()
+    return segment_cross_attention(q_ND, k_ND, v_ND, cu_seqlens, cu_seqlens, num_heads, scale=scale)
+
+
+def segment_cross_attention(
+    q_ND: torch.Tensor,
+    k_MD: torch.Tensor,
+    v_MD: torch.Tensor,
+    cu_queries: torch.Tensor,
+    cu_keys: torch.Tensor,
+    num_heads: int,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """The same where queries are not the keys' own tokens, as in pooling and resampling: [N, H*E].
+
+    `cu_queries` and `cu_keys` int32 [num_segments + 1]: the queries of segment i see the keys of segment i and no
+    others. Segments may have any lengths of at least 1.
+    """
+    if is_tracing():
+        attributes = {"num_heads": num_heads, "scale": _scale(q_ND, num_heads, scale)}
+        inputs = [q_ND, k_MD, v_MD, cu_queries, cu_keys]
+        return emit("SegmentCrossAttention", inputs, shape=q_ND.shape, dtype=q_ND.dtype, attributes=attributes)
     rows = []
-    for start, stop in pairwise(bounds):
-        q, k, v = (x[start:stop].unflatten(-1, (num_heads, -1)).transpose(0, 1) for x in (q_ND, k_ND, v_ND))
-        weights = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1).to(v.dtype)
-        rows.append((weights @ v).transpose(0, 1).flatten(-2))
+    for queries, keys in zip(pairwise(cu_queries.tolist()), pairwise(cu_keys.tolist()), strict=True):
+        q, k, v = (
+            x[slice(*bounds)].unflatten(-1, (num_heads, -1)).transpose(0, 1)
+            for x, bounds in ((q_ND, queries), (k_MD, keys), (v_MD, keys))
+        )
+        scores = q.float() @ k.float().transpose(-1, -2) * _scale(q_ND, num_heads, scale)
+        rows.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1).flatten(-2))
     return torch.cat(rows)
+
+
+def _scale(q: torch.Tensor, num_heads: int, scale: float | None) -> float:
+    return (q.shape[-1] // num_heads) ** -0.5 if scale is None else scale
 
 
 def cached_attention(

@@ -8,6 +8,7 @@ from onnx_ir.passes import InPlacePass, Sequential
 from ...runtime.errors import InputError
 from ..layers.semantic import DOMAIN
 from .attention import LoopSegmentAttention, LowerCachedAttention, PackSegmentAttention
+from .cross_attention import LoopCrossAttention, MaskCrossAttention
 from .elementwise import LowerFloatConstant, LowerLastPositions, LowerRMSNorm, LowerRotary
 from .tidy import FoldSmallConstants, Tidy
 from .weights import LowerEmbedding, LowerLinear
@@ -22,6 +23,7 @@ COMPUTE_DTYPE: dict[Target, Literal["float32", "float16"]] = {
 }  # GroupQueryAttention: no float16 gain on CPU, no float32 on CUDA
 
 _SEGMENT_ATTENTION = {"cpu": LoopSegmentAttention, "cuda": PackSegmentAttention}
+_CROSS_ATTENTION = {"cpu": LoopCrossAttention, "cuda": MaskCrossAttention}
 
 
 def lower(model: ir.Model, target: Target) -> None:
@@ -37,6 +39,7 @@ def lower(model: ir.Model, target: Target) -> None:
         LowerLastPositions(),
         FoldSmallConstants(),
         _SEGMENT_ATTENTION[target](),
+        _CROSS_ATTENTION[target](),
         LowerCachedAttention(),
         Tidy(),
     ]
