@@ -9,6 +9,7 @@ from ...runtime.errors import InputError
 from ..layers.semantic import DOMAIN
 from .attention import LoopSegmentAttention, LowerCachedAttention, PackSegmentAttention
 from .cross_attention import LoopCrossAttention, MaskCrossAttention
+from .cuda import LastPositionsOnHost
 from .elementwise import LowerFloatConstant, LowerLastPositions, LowerRMSNorm, LowerRotary
 from .tidy import FoldSmallConstants, Tidy
 from .weights import LowerEmbedding, LowerLinear
@@ -24,6 +25,7 @@ COMPUTE_DTYPE: dict[Target, Literal["float32", "float16"]] = {
 
 _SEGMENT_ATTENTION = {"cpu": LoopSegmentAttention, "cuda": PackSegmentAttention}
 _CROSS_ATTENTION = {"cpu": LoopCrossAttention, "cuda": MaskCrossAttention}
+_LAST_POSITIONS = {"cpu": LowerLastPositions, "cuda": LastPositionsOnHost}
 
 
 def lower(model: ir.Model, target: Target) -> None:
@@ -36,7 +38,7 @@ def lower(model: ir.Model, target: Target) -> None:
         LowerRMSNorm(),
         LowerRotary(),
         LowerFloatConstant(),
-        LowerLastPositions(),
+        _LAST_POSITIONS[target](),
         FoldSmallConstants(),
         _SEGMENT_ATTENTION[target](),
         _CROSS_ATTENTION[target](),
