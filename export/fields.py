@@ -50,10 +50,10 @@ def read_fields(config: dict[str, Any], path: str, num: int | None = None) -> tu
 
 
 def read_numbers(
-    config: dict[str, Any], path: str, default: tuple[float, float, float], *, file: str = _CONFIG
+    config: dict[str, Any], path: str, default: tuple[float, float, float] | None = None, *, file: str = _CONFIG
 ) -> tuple[float, float, float]:
-    """Three numbers at a path, a colour channel each."""
-    values = read_field(config, path, list, list(default), file=file)
+    """Three numbers at a path, a colour channel each; required where there is no default."""
+    values = read_field(config, path, list, _REQUIRED if default is None else list(default), file=file)
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
     if not numbers or len(values) != 3:
         raise CheckpointError(f"{file}: {path} is {values}, expected 3 numbers")
