@@ -19,15 +19,17 @@ __all__ = [
     "Manifest",
     "PositionSpec",
     "PromptSpec",
+    "SliceSpec",
     "Source",
     "TensorInfo",
+    "TileTokens",
     "Variant",
     "VideoSpec",
     "VisionSpec",
 ]
 
 SCHEMA = "vlmport-package/1"
-ROLES = ("vision_encoder", "projector", "embed_tokens", "decoder")
+ROLES = ("vision_encoder", "projector", "classifier", "embed_tokens", "decoder")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,18 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class SliceSpec:
+    """How a large image is cut into an overview and tiles (runtime/slices.py)."""
+
+    scale_resolution: int  # pixels; a tile has about as many as a square of this side
+    max_slices: int  # the most tiles of an image, the overview aside
+    enabled: bool = True  # False: images go in at their own size
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "scale_resolution", "max_slices")
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """How an image becomes patches. `strategy` names a function of runtime/image.py."""
 
@@ -61,9 +75,18 @@ class ImageSpec:
     std: tuple[float, float, float]
     rescale: float
     resample: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    small_sides_any_ratio: bool = False  # no limit of the sides' ratio where one is under a merge block
+    slices: SliceSpec | None = None  # of the strategy "slices", which has no pixel limits
+    max_sides: tuple[int, int] | None = None  # of the strategy "native": height and width of the largest image
 
     def __post_init__(self) -> None:
         _above_zero(self, "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
+        if (self.strategy == "slices") != (self.slices is not None):
+            raise ValueError(f"slices does not go with strategy {self.strategy!r}; export the checkpoint again")
+        if (self.strategy == "native") != (self.max_sides is not None):
+            raise ValueError(f"max_sides does not go with strategy {self.strategy!r}; export the checkpoint again")
+        if self.max_sides is not None and any(side < 1 or side % self.patch_size for side in self.max_sides):
+            raise ValueError(f"max_sides is {list(self.max_sides)}; both have to be multiples of the patch size")
         if not all(0 < value < math.inf for value in self.std):
             raise ValueError(f"std is {list(self.std)}; each has to be above 0")
 
@@ -77,22 +100,50 @@ class VideoSpec:
     min_frames: int
     max_frames: int
     frame_multiple: int  # the number of sampled frames is a multiple of this
-    min_pixels: int  # a frame
-    max_pixels: int  # a frame
-    total_pixels: int  # over all frames of a clip
     default_fps: float  # of a list of frames that comes without one
+    min_pixels: int | None = None  # a frame; None: frames of a clip keep their size until ImageSpec's strategy
+    max_pixels: int | None = None  # a frame
+    total_pixels: int | None = None  # over all frames of a clip
+    max_slices: int | None = None  # of each frame of a sampled clip, unless the request says; None: as for images
+    use_ids: bool | None = None  # the same for the numbers of pictures
 
     def __post_init__(self) -> None:
-        _above_zero(self, *vars(self).keys() - {"sampling"})
+        limits = {"min_pixels", "max_pixels", "total_pixels", "max_slices"}
+        given = {name for name in limits if getattr(self, name) is not None}
+        _above_zero(self, *vars(self).keys() - {"sampling", "use_ids"} - limits | given)
 
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """Index inputs of the vision encoder. Each name in `inputs` is a function of runtime/vision_inputs.py."""
+    """Index inputs of the vision encoder and the projector. Each name is a function of runtime/vision_inputs.py."""
 
     inputs: tuple[str, ...]
     merge_size: int
     window_blocks: int  # side of an attention window, in merge blocks; 0 where there are no windows
+    projector_inputs: tuple[str, ...] = ()
+    position_side: int = 0  # rows and columns of a table of learned positions; 0 where there is none
+
+
+@dataclass(frozen=True)
+class TileTokens:
+    """How a picture of an overview and tiles is spelled: `start`, `filler` as often as a tile has features, `end`.
+
+    Tiles have `tile_start` and `tile_end` instead, and a line break after each row of the grid but the last. The number
+    of the picture in the conversation, from 0, comes first where ids are used.
+    """
+
+    start: str
+    end: str
+    tile_start: str
+    tile_end: str
+    filler: str
+    num_fillers: int
+    id_start: str
+    id_end: str
+    use_ids: bool  # unless the request says
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "num_fillers")
 
 
 @dataclass(frozen=True)
@@ -103,6 +154,8 @@ class PromptSpec:
     video_placeholder: str
     protected_tokens: tuple[str, ...]  # never special when they come from a user's text
     template_options: dict[str, Any]  # defaults of the template's own switches
+    joiner: str | None = None  # between the parts of a message, for a template that takes texts; None: it takes parts
+    tiles: TileTokens | None = None  # pictures of several tiles; None: a picture is its placeholder, repeated
 
 
 @dataclass(frozen=True)
@@ -112,6 +165,7 @@ class PositionSpec:
     strategy: str  # "sequential" or "mrope"
     video_rule: str | None = None  # mrope: one of positions.VIDEO_RULES
     tokens_per_second: float | None = None  # mrope: None counts frames, not seconds
+    hidden_token_ids: tuple[int, ...] = ()  # sequential: of a prompt, unseen by all others and without a position
 
 
 @dataclass(frozen=True)
@@ -138,6 +192,7 @@ class GenerationDefaults:
     top_k: int = 0  # 0: off
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    penalty_sees_prompt: bool = True  # False: the penalty counts generated tokens alone
 
 
 @dataclass(frozen=True)

@@ -142,15 +142,19 @@ class Model:
         encoder = self.session("vision_encoder")
         projector = self.session("projector") if "projector" in self.manifest.roles else None
         feeds = {"pixel_values": np.concatenate([item.pixel_values for item in patches])}
+        spec, grids = self.manifest.vision, [item.grid for item in patches]
         started = time.perf_counter()
-        if self.manifest.vision is not None:
-            feeds |= vision_inputs(self.manifest.vision, [item.grid for item in patches])
+        if spec is not None:
+            feeds |= vision_inputs(spec, grids)
         encoded = encoder.run(feeds, ["vision_features"], release_memory=True)
         vision_PC = encoded["vision_features"].astype(np.float32, copy=False)
         between = time.perf_counter()
         features_RD = vision_PC
         if projector is not None:
-            projected = projector.run({"vision_features": vision_PC}, ["image_features"], release_memory=True)
+            indices = vision_inputs(spec, grids, spec.projector_inputs) if spec is not None else {}
+            projected = projector.run(
+                {"vision_features": vision_PC, **indices}, ["image_features"], release_memory=True
+            )
             features_RD = projected["image_features"]
         timings = Timings(vision=between - started, projector=time.perf_counter() - between)
         return VisionOutput(vision_PC, features_RD.astype(np.float32, copy=False), timings)
@@ -290,7 +294,8 @@ class Model:
         def step(token_id: int) -> Array:
             return self.step(token_id, caches[0], prepared.rope_delta)
 
-        sampler = Sampler(options.sampling, prepared.input_ids.tolist())
+        penalised = prepared.input_ids.tolist() if self._generation.penalty_sees_prompt else ()
+        sampler = Sampler(options.sampling, penalised)
         text_stream = TextStream(self.builder.tokenizer, options.stop)
         eos = self._generation.eos_token_ids
         return GenerationStream(generate_tokens(prefill, step, sampler, text_stream, options, eos))

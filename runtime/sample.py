@@ -26,7 +26,7 @@ class SamplingParams:
     top_k: int = 0  # the k best; 0: all
     top_p: float = 1.0  # the fewest best whose probabilities reach p
     min_p: float = 0.0  # those at least this fraction as probable as the best
-    repetition_penalty: float = 1.0  # over prompt and answer; above 1 discourages repeats
+    repetition_penalty: float = 1.0  # over the sampler's prompt and the answer; above 1 discourages repeats
     seed: int | None = None  # None: another draw each time
 
     def __post_init__(self) -> None:
@@ -45,7 +45,7 @@ class Sampler:
     """Samples one sequence. It remembers the ids so far, which the repetition penalty needs."""
 
     def __init__(self, params: SamplingParams, prompt_ids: Iterable[int]) -> None:
-        """prompt_ids: all of them, placeholders included (as upstream counts them)."""
+        """prompt_ids: those that the penalty counts: none, or all of them, placeholders included, as upstream does."""
         self._params = params
         self._seen = {int(token_id) for token_id in prompt_ids}
         self._random = np.random.default_rng(params.seed)

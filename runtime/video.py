@@ -32,7 +32,7 @@ from .video_file import MAX_SOURCE_FRAMES, open_video
 
 __all__ = ["SAMPLING", "Clip", "ClipOptions", "ClipSource", "load_clip", "preprocess_clip", "sampled_frames"]
 
-SAMPLING = ("linspace", "arange")  # what VideoSpec.sampling may be
+SAMPLING = ("linspace", "arange", "strided")  # what VideoSpec.sampling may be
 
 # What numpy raises for damaged .npy headers, which it reads as Python text.
 _NPY_DAMAGE = (OSError, ValueError, TypeError, LookupError, OverflowError, SyntaxError, RecursionError, TokenError)
@@ -113,8 +113,11 @@ def sampled_frames(total: int, fps: float, spec: VideoSpec, options: ClipOptions
 
     The number is smart_nframes of qwen-vl-utils 0.0.10 (and of transformers 5): time times the wanted rate, within
     bounds, down to a multiple. "linspace" (qwen-vl-utils) spreads them from the first to the last frame; "arange"
-    (transformers 5) takes the first of each of n equal stretches. Raises InputError for too short a clip.
+    (transformers 5) takes the first of each of n equal stretches. "strided" takes every n-th frame, and of too many the
+    middle of each of so many stretches (MiniCPM-V's example). Raises InputError for too short a clip.
     """
+    if spec.sampling == "strided":
+        return _strided(total, fps, spec, options, name)
     multiple = spec.frame_multiple
     if total < multiple:
         raise InputError(f"{name}: has {total or 'no'} frames; give a video with at least {multiple}")
@@ -135,6 +138,22 @@ def sampled_frames(total: int, fps: float, spec: VideoSpec, options: ClipOptions
         # In float32 as torch does; torch's own arange may give one index too many, past the end.
         return np.arange(0, total, total / count).astype(np.float32).astype(int)[:count].tolist()
     raise PackageError(f"vlmport.json: video.sampling {spec.sampling!r} is not one of {', '.join(SAMPLING)}")
+
+
+def _strided(total: int, fps: float, spec: VideoSpec, options: ClipOptions, name: str) -> list[int]:
+    if total < 1:
+        raise InputError(f"{name}: has no frames; give a video with at least 1")
+    frames = list(range(0, total, max(round(fps / (options.fps or spec.fps)), 1)))
+    wanted = max(min(len(frames), options.max_frames or spec.max_frames), options.min_frames or 1)
+    wanted = options.num_frames or wanted
+    if wanted == len(frames):
+        return frames
+    if options.num_frames is not None or wanted > len(frames):
+        frames = list(range(total))
+    if wanted > total:
+        raise InputError(f"{name}: {wanted} frames of its {total} would be shown; give a longer one")
+    gap = len(frames) / wanted
+    return [frames[int(i * gap + gap / 2)] for i in range(wanted)]
 
 
 def _linspace(total: int, count: int) -> list[int]:
@@ -199,6 +218,8 @@ def _open_npy(file: Path, label: str) -> NDArray[np.uint8]:
 def _fitted(frames: Iterable[Image.Image], count: int, wish: _Wish) -> tuple[Image.Image, ...]:
     """Each frame resized to the pixels that `count` of them may have (fetch_video of qwen-vl-utils 0.0.10)."""
     spec, options = wish.spec, wish.options
+    if spec.min_pixels is None or spec.max_pixels is None or spec.total_pixels is None:
+        return tuple(frames)
     low = options.min_pixels or spec.min_pixels
     total = options.total_pixels or spec.total_pixels
     high = max(min(spec.max_pixels, total / count * spec.frame_multiple), int(low * 1.05))

@@ -7,7 +7,9 @@ A manifest names the inputs that its graph takes; each name is a function here. 
 number of entries of any size go through the encoder in one call.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,11 @@ from .manifest import VisionSpec
 
 __all__ = [
     "Grid",
+    "bucketed_positions",
     "cu_seqlens",
     "cu_window_seqlens",
+    "patch_fractions",
+    "patch_fractions_by_longest",
     "patch_positions",
     "vision_inputs",
     "window_index",
@@ -27,23 +32,78 @@ __all__ = [
 Grid = tuple[int, int, int]  # frames, rows, columns; in patches
 
 
-def vision_inputs(spec: VisionSpec, grids: Sequence[Grid]) -> dict[str, NDArray[np.int64] | NDArray[np.int32]]:
-    """The inputs that `spec` names. Raises PackageError for a name that this version does not know."""
+def vision_inputs(
+    spec: VisionSpec, grids: Sequence[Grid], names: Sequence[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The named inputs, by default those of the vision encoder. Raises PackageError for a name that is not known."""
     known = {
+        "bucketed_positions": bucketed_positions,
         "patch_positions": patch_positions,
+        "patch_fractions": patch_fractions,
+        "patch_fractions_by_longest": patch_fractions_by_longest,
         "cu_seqlens": cu_seqlens,
         "window_index": window_index,
         "cu_window_seqlens": cu_window_seqlens,
     }
-    unknown = sorted(set(spec.inputs) - set(known))
+    names = spec.inputs if names is None else names
+    unknown = sorted(set(names) - set(known))
     if unknown:
         raise PackageError(f"vlmport.json: vision.inputs: {unknown[0]!r} is not one of {', '.join(known)}")
-    return {name: known[name](spec, grids) for name in spec.inputs}
+    return {name: known[name](spec, grids) for name in names}
 
 
 def patch_positions(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:
     """Row and column of every patch in its frame, int64 [P, 2]."""
     return np.concatenate([np.tile(_frame_positions(h, w, spec.merge_size), (t, 1)) for t, h, w in grids])
+
+
+def bucketed_positions(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:
+    """Rows of a table of position_side^2 learned positions, int64 [P], rasters of the frames one after the other.
+
+    Each axis is cut into `position_side` equal buckets, and a patch has the bucket in which it starts. Which that is
+    hangs on the last bit at several sizes, so the reference's float32 arithmetic is followed to the bit.
+    """
+    side = spec.position_side
+    if side < 1 or spec.merge_size != 1:
+        raise PackageError(f"vlmport.json: vision.position_side {side} or merge_size is wrong for bucketed_positions")
+    ids = [np.tile((_buckets(h, side)[:, None] * side + _buckets(w, side)).reshape(-1), t) for t, h, w in grids]
+    return np.concatenate(ids)
+
+
+def _buckets(count: int, side: int) -> NDArray[np.int64]:
+    """Bucket of each of `count` patches on an axis of `side` buckets, int64 [count].
+
+    torch.bucketize(torch.arange(0, 1 - 1e-6, 1 / count), torch.arange(1 / side, 1, 1 / side), right=True).
+    """
+    starts = _vectorised_arange(float(np.float32(1) / np.float32(count)), count)
+    step = 1 / side
+    edges = (step + np.arange(math.ceil((1 - step) / step)) * step).astype(np.float32)
+    return np.searchsorted(edges, starts, side="right")
+
+
+def _vectorised_arange(step: float, count: int) -> NDArray[np.float32]:
+    """torch.arange(0, ..., step) in float32: eight at a time from a rounded base, the rest one by one."""
+    index = np.arange(count)
+    base = (step * (index // 8 * 8)).astype(np.float32).astype(np.float64)
+    values = (base + (index % 8) * step).astype(np.float32)
+    single = count // 8 * 8
+    values[single:] = (step * index[single:]).astype(np.float32)
+    return values
+
+
+def patch_fractions(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.float32]:
+    """The same as shares of the frame's own rows and columns, float32 [P, 2] in [0, 1) (NaViT, section 3.2)."""
+    return _fractions(spec, grids, [(h, w) for _, h, w in grids])
+
+
+def patch_fractions_by_longest(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.float32]:
+    """The same as shares of the longer side, which keeps the shape of the frame."""
+    return _fractions(spec, grids, [(max(h, w), max(h, w)) for _, h, w in grids])
+
+
+def _fractions(spec: VisionSpec, grids: Sequence[Grid], sides: Sequence[tuple[int, int]]) -> NDArray[np.float32]:
+    parts = [patch_positions(spec, [grid]) / np.array(side) for grid, side in zip(grids, sides, strict=True)]
+    return np.concatenate(parts).astype(np.float32)
 
 
 def cu_seqlens(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int32]:

@@ -52,6 +52,32 @@ def video(count: int, fps: int = 25, size: tuple[int, int] = (48, 64), form: str
 MP4, MATROSKA = video(6), video(6, form="matroska")
 
 
+def test_strided_frames_are_those_of_upstreams_example() -> None:
+    """range(0, n, round(fps)), and of more than 64 those at int(i * gap + gap / 2)."""
+    spec = replace(VIDEO, sampling="strided", fps=1.0, max_frames=64, min_frames=1, frame_multiple=1)
+    assert sampled_frames(100, 29.97, spec, ClipOptions()) == [0, 30, 60, 90]
+    assert sampled_frames(3, 0.2, spec, ClipOptions()) == [0, 1, 2]
+    every = list(range(0, 7000, 25))
+    gap = len(every) / 64
+    expected = [every[int(i * gap + gap / 2)] for i in range(64)]
+    assert sampled_frames(7000, 25.0, spec, ClipOptions()) == expected
+    assert sampled_frames(100, 25.0, spec, ClipOptions(num_frames=2)) == [25, 75]
+    assert sampled_frames(100, 25.0, spec, ClipOptions(min_frames=10)) == list(range(5, 100, 10))
+    assert sampled_frames(100, 25.0, spec, ClipOptions(max_frames=2)) == [25, 75]
+    assert sampled_frames(100, 25.0, spec, ClipOptions(fps=5)) == list(range(0, 100, 5))
+    with pytest.raises(InputError, match="9 frames of its 5"):
+        sampled_frames(5, 25.0, spec, ClipOptions(num_frames=9))
+    with pytest.raises(InputError, match="no frames"):
+        sampled_frames(0, 25.0, spec, ClipOptions())
+
+
+def test_frames_keep_their_size_where_the_spec_has_no_pixel_limits() -> None:
+    spec = replace(VIDEO, sampling="strided", fps=1.0, min_pixels=None, max_pixels=None, total_pixels=None)
+    clip = load_clip(grey_frames(5), spec, IMAGE, ClipOptions(fps=2))
+    assert [frame.size for frame in clip.frames] == [(64, 48)] * 3
+    assert [float(np.asarray(frame).mean()) / 5 for frame in clip.frames] == [0, 2, 4]
+
+
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [("linspace", [0, 14, 28, 42, 57, 71, 85, 99]), ("arange", [0, 12, 25, 37, 50, 62, 75, 87])],

@@ -1,16 +1,26 @@
 """Index inputs of the vision encoder: equal to the golden ones, and sound for any grids."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 
 import golden_cases as golden
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmport.runtime.errors import PackageError
 from vlmport.runtime.manifest import VisionSpec
-from vlmport.runtime.vision_inputs import cu_seqlens, cu_window_seqlens, patch_positions, vision_inputs, window_index
+from vlmport.runtime.vision_inputs import (
+    bucketed_positions,
+    cu_seqlens,
+    cu_window_seqlens,
+    patch_positions,
+    vision_inputs,
+    window_index,
+)
 
 ALL = ("patch_positions", "cu_seqlens", "window_index", "cu_window_seqlens")
 grids = st.lists(
@@ -95,3 +105,40 @@ def test_only_what_the_manifest_names_is_made() -> None:
         vision_inputs(VisionSpec(("masks",), 2, 4), [(1, 2, 2)])
     with pytest.raises(PackageError, match="window_blocks is 0"):
         vision_inputs(VisionSpec(("window_index",), 2, 0), [(1, 2, 2)])
+
+
+# Positions in buckets
+
+
+def axis_buckets(count: int, side: int) -> list[int]:
+    spec = VisionSpec(("bucketed_positions",), merge_size=1, window_blocks=0, position_side=side)
+    return bucketed_positions(spec, [(1, 1, count)]).tolist()
+
+
+def test_buckets_are_those_of_the_published_table() -> None:
+    file = Path(__file__).parent / "goldens" / "minicpmv" / "tables" / "bucketized_positions.json"
+    tables = json.loads(file.read_text(encoding="utf-8"))["tables"]
+    assert tables
+    for side, rows in tables.items():
+        assert {count: axis_buckets(int(count), int(side)) for count in rows} == rows
+
+
+@pytest.mark.parametrize("side", [70, 35, 24])
+def test_buckets_are_those_of_torch_to_the_bit(side: int) -> None:
+    for count in (*range(1, 260), 1029, 3763, 14336):
+        starts = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(count, dtype=torch.int32))
+        expected = torch.bucketize(starts, torch.arange(1 / side, 1.0, 1 / side), right=True)
+        assert axis_buckets(count, side) == expected.tolist(), count
+
+
+def test_bucketed_positions_are_rows_times_the_side_and_columns_frame_by_frame() -> None:
+    spec = VisionSpec(("bucketed_positions",), merge_size=1, window_blocks=0, position_side=70)
+    rows, columns = axis_buckets(2, 70), axis_buckets(3, 70)
+    expected = [row * 70 + column for row in rows for column in columns]
+    found = vision_inputs(spec, [(2, 2, 3), (1, 1, 1)])["bucketed_positions"]
+    assert found.dtype == np.int64
+    assert found.tolist() == [*expected, *expected, 0]
+    with pytest.raises(PackageError, match="position_side 0"):
+        bucketed_positions(VisionSpec((), 1, 0), [(1, 1, 1)])
+    with pytest.raises(PackageError, match="merge_size"):
+        bucketed_positions(VisionSpec((), 2, 0, position_side=70), [(1, 2, 2)])
