@@ -47,7 +47,7 @@ def export_checkpoint(
     _check_names(recipes)
     graphs = float_graphs(checkpoint, target, lambda what: progress(0, 0, what))
     parts = graphs.family.manifest(graphs.checkpoint.config, graphs.checkpoint.documents)
-    documents = collect_documents(graphs.checkpoint, with_prompt=parts.prompt is not None)
+    documents = collect_documents(graphs.checkpoint, with_prompt=parts.prompt is not None, template=parts.template)
     with whole_folder(target_folder) as folder:
         for name, content in documents.items():
             (folder / name).write_bytes(content)
@@ -93,7 +93,7 @@ def _manifest(
         cache = dataclasses.replace(cache, dtype=COMPUTE_DTYPE[target])
     source = Source(
         name=checkpoint.path.resolve().name,
-        model_type=str(checkpoint.config.get("model_type")),
+        model_type=str(checkpoint.config.get("model_type", graphs.family.name)),
         dtype=checkpoint.dtype,
         num_parameters=graphs.num_parameters,
         files={file.name: file_entry(file) for file in checkpoint.files},

@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..runtime.errors import CheckpointError
-from .family import Json, TensorRef
+from .family import Json, RowBlocks, TensorRef
 
 __all__ = ["Checkpoint", "CheckpointSource", "StoredTensor", "resolve"]
 
@@ -28,12 +28,13 @@ _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are: file, byte offset, safetensors dtype, shape."""
+    """Where a tensor's bytes are: file, byte offset, safetensors dtype, shape; and which of its rows are meant."""
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
+    rows: RowBlocks | None = None  # None: all
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,11 @@ class CheckpointSource:
         tensor = self._tensors[parameter]
         row = math.prod(tensor.shape[1:]) * _ITEM_SIZES[tensor.dtype]
         with tensor.file.open("rb", buffering=0) as stream:
-            raw = os.pread(stream.fileno(), row * (stop - start), tensor.offset + row * start)
+            pieces = [
+                os.pread(stream.fileno(), row * count, tensor.offset + row * first)
+                for first, count in _stretches(tensor.rows, start, stop)
+            ]
+        raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if len(raw) != row * (stop - start):
             raise CheckpointError(
                 f"{tensor.file}: ends inside {parameter}; the file changed or is damaged, copy it again"
@@ -136,7 +141,17 @@ def resolve(
             problems.append(f"{name} is {tensor.dtype}, of {', '.join(_DTYPES)} only")
     if problems:
         raise CheckpointError(f"{checkpoint.path}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
-    return {key: stored[ref.name] for key, ref in wanted.items()}
+    return {key: replace(stored[ref.name], rows=ref.rows) for key, ref in wanted.items()}
+
+
+def _stretches(rows: RowBlocks | None, start: int, stop: int) -> list[tuple[int, int]]:
+    """(first stored row, how many) of every unbroken stretch that rows start to stop of a parameter are."""
+    if rows is None or start >= stop:
+        return [(start, stop - start)]
+    blocks = range(start // rows.size, (stop - 1) // rows.size + 1)
+    ends = [(max(start, block * rows.size), min(stop, (block + 1) * rows.size), block) for block in blocks]
+    shift = rows.stride - rows.size  # rows of other parts that each block before leaves out
+    return [(rows.start + block * shift + first, last - first) for first, last, block in ends]
 
 
 def _read_json(file: Path) -> Json:

@@ -1,5 +1,6 @@
 """The checkpoint's own files that go into a package, and what they say about generation."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..runtime.errors import CheckpointError
@@ -8,7 +9,7 @@ from .checkpoint import Checkpoint
 from .family import Json
 from .fields import read_field
 
-__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults"]
+__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults", "token_id"]
 
 TEMPLATE = "chat_template.jinja"
 DOCUMENTS = (
@@ -21,10 +22,11 @@ DOCUMENTS = (
 )
 
 
-def collect_documents(checkpoint: Checkpoint, *, with_prompt: bool) -> dict[str, bytes]:
+def collect_documents(checkpoint: Checkpoint, *, with_prompt: bool, template: str | None = None) -> dict[str, bytes]:
     """Content of each file by name, as the checkpoint has them; with a prompt also the chat template.
 
-    Raises CheckpointError where a prompt needs a file that is not there.
+    `template`: the family's own, in place of the checkpoint's. Raises CheckpointError where a prompt needs a file that
+    is not there.
     """
     found = {name: checkpoint.path / name for name in DOCUMENTS if (checkpoint.path / name).is_file()}
     documents = {name: path.read_bytes() for name, path in found.items()}
@@ -33,7 +35,7 @@ def collect_documents(checkpoint: Checkpoint, *, with_prompt: bool) -> dict[str,
             raise CheckpointError(
                 f"{checkpoint.path}: has no tokenizer.json; save the tokenizer again with transformers (fast tokenizer)"
             )
-        documents[TEMPLATE] = chat_template(checkpoint).encode()
+        documents[TEMPLATE] = (chat_template(checkpoint) if template is None else template).encode()
     return documents
 
 
@@ -54,10 +56,23 @@ def chat_template(checkpoint: Checkpoint) -> str:
     )
 
 
-def generation_defaults(generation: Json, fallback_eos: Any) -> GenerationDefaults:
+def token_id(documents: Mapping[str, Json], text: str) -> int:
+    """Id of an added token, by tokenizer.json. Raises CheckpointError where the file has none of that text."""
+    added = documents.get("tokenizer.json", {}).get("added_tokens")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and token.get("content") == text and isinstance(token.get("id"), int):
+            return token["id"]
+    raise CheckpointError(
+        f"tokenizer.json: missing, or has no added token {text!r}; copy it from the checkpoint that this one was "
+        "tuned from"
+    )
+
+
+def generation_defaults(generation: Json, fallback_eos: Any, *, penalty_sees_prompt: bool = True) -> GenerationDefaults:
     """generation_config.json as the runtime obeys it.
 
-    `fallback_eos` is eos_token_id of config.json, for where the file has none. Raises CheckpointError on a bad field.
+    `fallback_eos` is eos_token_id of config.json, for where the file has none. `penalty_sees_prompt` is False where
+    upstream generates from embeddings. Raises CheckpointError on a bad field.
     """
     file = "generation_config.json"
     own = generation.get("eos_token_id")
@@ -72,4 +87,5 @@ def generation_defaults(generation: Json, fallback_eos: Any) -> GenerationDefaul
         top_k=read_field(generation, "top_k", int, 50, file=file),  # transformers' default where the file is silent
         top_p=read_field(generation, "top_p", float, 1.0, file=file),
         repetition_penalty=read_field(generation, "repetition_penalty", float, 1.0, file=file),
+        penalty_sees_prompt=penalty_sees_prompt,
     )

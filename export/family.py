@@ -31,6 +31,7 @@ __all__ = [
     "ManifestParts",
     "Port",
     "RoleSpec",
+    "RowBlocks",
     "TensorRef",
     "families",
     "family_of",
@@ -51,11 +52,24 @@ class Port:
 
 
 @dataclass(frozen=True)
+class RowBlocks:
+    """Every block of `size` rows, `stride` rows apart from row `start` on: one part of a fused tensor."""
+
+    start: int
+    size: int
+    stride: int
+
+
+@dataclass(frozen=True)
 class TensorRef:
-    """A tensor of the checkpoint, by its normalised name and the shape that the configuration implies."""
+    """A tensor of the checkpoint, by its normalised name and the shape that the configuration implies.
+
+    `rows`: the parameter is those rows of it; None is the whole tensor.
+    """
 
     name: str
     shape: tuple[int, ...]
+    rows: RowBlocks | None = None
 
     @property
     def num_elements(self) -> int:
@@ -84,13 +98,14 @@ class ManifestParts:
     positions: PositionSpec | None = None
     cache: CacheSpec | None = None
     generation: GenerationDefaults | None = None
+    template: str | None = None  # chat template where upstream takes not the checkpoint's own; Jinja
 
 
 @dataclass(frozen=True)
 class FamilySpec:
     """A family of checkpoints: how to recognise, trace, fill and describe them."""
 
-    name: str  # the model_type
+    name: str  # the model_type; the module has "_" for what a module's name cannot have
     matches: Callable[[Json], bool]  # config.json -> is it ours
     roles: Callable[[Json], Mapping[str, RoleSpec]]  # config.json -> graphs; CheckpointError names a bad field
     manifest: Callable[[Json, Mapping[str, Json]], ManifestParts]  # config.json, the other JSON files by name
@@ -101,7 +116,7 @@ class FamilySpec:
 
 
 def families() -> tuple[str, ...]:
-    """Names of all families: the modules in families/ whose names do not start with an underscore."""
+    """The module names of all families: those in families/ that do not start with an underscore."""
     folder = Path(__file__).parent / "families"
     return tuple(sorted(m.name for m in pkgutil.iter_modules([str(folder)]) if not m.name.startswith("_")))
 
@@ -119,5 +134,5 @@ def family_of(config: Json, where: Path) -> FamilySpec:
         spec = load_family(name)
         if spec.matches(config):
             return spec
-    known = ", ".join(families())
+    known = ", ".join(load_family(name).name for name in families())
     raise CheckpointError(f"{where}: model_type {config.get('model_type')!r} is not supported; known ones are {known}")

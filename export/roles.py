@@ -60,13 +60,15 @@ def projector_role(build: Callable[[], nn.Module], width: int, out_width: int, p
     )
 
 
-def language_roles(decoder: DecoderConfig, prefix: str, *, tied: bool) -> dict[str, RoleSpec]:
-    """embed_tokens and decoder, their tensors under `prefix`; the head is lm_head, or where `tied` the table again."""
+def language_roles(
+    decoder: DecoderConfig, prefix: str, *, tied: bool, head: str = "lm_head.weight"
+) -> dict[str, RoleSpec]:
+    """embed_tokens and decoder, their tensors under `prefix`; the head is `head`, or where `tied` the table again."""
     table = f"{prefix}embed_tokens.weight"
 
     def decoder_tensor(parameter: str, shape: tuple[int, ...]) -> TensorRef:
         if parameter == "lm_head.weight":
-            return TensorRef(table if tied else parameter, shape)
+            return TensorRef(table if tied else head, shape)
         return TensorRef(f"{prefix}{parameter}", shape)
 
     return {
@@ -91,13 +93,14 @@ def decoder_role(config: DecoderConfig, tensor: TensorRule) -> RoleSpec:
     """inputs_embeds and a cache -> logits of the last positions and the grown cache; see CausalDecoder."""
     batch, new = "batch_size", "sequence_length"
     heads, size = config.num_kv_heads, config.head_dim
+    axes = (len(config.rope_sections),) if len(config.rope_sections) > 1 else ()
     names = [f"{layer}.{kind}" for layer in range(config.num_layers) for kind in ("key", "value")]
     return RoleSpec(
         build=lambda: CausalDecoder(config),
         inputs=(
             Port("inputs_embeds", "float32", (batch, new, config.width)),
             Port("attention_mask", "int64", (batch, "total_length")),
-            Port("position_ids", "int64", (len(config.rope_sections), batch, new)),
+            Port("position_ids", "int64", (*axes, batch, new)),
             Port("num_logits_to_keep", "int64", (1,), default=(1,)),
             *(Port(f"past_key_values.{name}", "compute", (batch, heads, "past_length", size)) for name in names),
         ),

@@ -10,7 +10,7 @@ from .family import Json
 from .fields import read_field, read_fields, read_size
 from .layers import DecoderConfig, frequencies
 
-__all__ = ["check_activation", "eos_token_ids", "is_tied", "read_decoder", "text_config"]
+__all__ = ["check_activation", "eos_token_ids", "is_tied", "read_decoder", "text_at", "text_config"]
 
 _PLAIN_ROPE = ("default", "mrope")  # sections are told by mrope_section, whatever the type is called
 
@@ -19,6 +19,11 @@ def text_config(config: Json) -> Json:
     """The text part: config.json itself (as published) or its text_config (as re-saved since transformers 4.52)."""
     nested = config.get("text_config")
     return nested if isinstance(nested, dict) else config
+
+
+def text_at(config: Json) -> str:
+    """Where `text_config` stands in config.json, as a prefix of paths."""
+    return "" if text_config(config) is config else "text_config."
 
 
 def is_tied(config: Json) -> bool:
@@ -32,29 +37,32 @@ def eos_token_ids(config: Json) -> Any:
     return config.get("eos_token_id") if own is None else own
 
 
-def read_decoder(config: Json, *, qkv_bias: bool, num_axes: int, default_theta: float) -> DecoderConfig:
+def read_decoder(
+    config: Json, *, qkv_bias: bool, num_axes: int, default_theta: float, at: str | None = None
+) -> DecoderConfig:
     """The decoder that config.json describes.
 
     `num_axes` rows of positions: 1, or 3 with `mrope_section` (M-RoPE). `default_theta` is upstream's for this family.
+    `at`: prefix of the text part's fields ("llm_config."), where it is neither config.json itself nor its text_config.
     Raises CheckpointError where a field is missing, does not fit the others, or asks for what is not supported.
     """
-    text = text_config(config)
-    if read_field(text, "use_sliding_window", bool, False):
-        raise CheckpointError("config.json: use_sliding_window is true; sliding-window decoders are not supported")
-    check_activation(text, "hidden_act", "silu")
-    num_heads, width = read_size(text, "num_attention_heads"), read_size(text, "hidden_size")
-    head_dim = read_size(text, "head_dim", width // num_heads)
-    rope = _rope(text)
-    theta = read_field(rope, "rope_theta", float, read_field(text, "rope_theta", float, default_theta))
+    at = text_at(config) if at is None else at
+    if read_field(config, f"{at}use_sliding_window", bool, False):
+        raise CheckpointError(f"config.json: {at}use_sliding_window is true; sliding-window decoders are not supported")
+    check_activation(config, f"{at}hidden_act", "silu")
+    num_heads, width = read_size(config, f"{at}num_attention_heads"), read_size(config, f"{at}hidden_size")
+    head_dim = read_size(config, f"{at}head_dim", width // num_heads)
+    rope = _rope(config, at)
+    theta = read_field(rope, "rope_theta", float, read_field(config, f"{at}rope_theta", float, default_theta))
     return DecoderConfig(
         width=width,
-        inner=read_size(text, "intermediate_size"),
-        num_layers=read_size(text, "num_hidden_layers"),
+        inner=read_size(config, f"{at}intermediate_size"),
+        num_layers=read_size(config, f"{at}num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=read_size(text, "num_key_value_heads"),
+        num_kv_heads=read_size(config, f"{at}num_key_value_heads"),
         head_dim=head_dim,
-        vocab_size=read_size(text, "vocab_size"),
-        norm_eps=read_field(text, "rms_norm_eps", float),
+        vocab_size=read_size(config, f"{at}vocab_size"),
+        norm_eps=read_field(config, f"{at}rms_norm_eps", float),
         inverse_frequencies=frequencies(head_dim, theta),
         rope_sections=read_fields(rope, "mrope_section", num_axes) if num_axes > 1 else (head_dim // 2,),
         qkv_bias=qkv_bias,
@@ -68,9 +76,9 @@ def check_activation(config: Json, path: str, wanted: str) -> None:
         raise CheckpointError(f"config.json: {path} is {found!r}; only {wanted!r} is supported")
 
 
-def _rope(text: Json) -> Json:
+def _rope(config: Json, at: str) -> Json:
     """rope_parameters (transformers 5) or rope_scaling (before); {} where the file has neither."""
-    rope = read_field(text, "rope_parameters", dict, read_field(text, "rope_scaling", dict, {}))
+    rope = read_field(config, f"{at}rope_parameters", dict, read_field(config, f"{at}rope_scaling", dict, {}))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in _PLAIN_ROPE:
         raise CheckpointError(

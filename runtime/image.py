@@ -14,8 +14,8 @@ import math
 import stat
 import struct
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,8 @@ __all__ = [
     "check_plain_file",
     "fit",
     "load_image",
+    "native_size",
+    "patchify",
     "preprocess_images",
     "smart_resize",
     "source_label",
@@ -57,10 +59,18 @@ ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Limits of one image in pixels, in place of the package's own."""
+    """Wishes for one image, in place of the package's own settings; each strategy knows those of its kind."""
 
     min_pixels: int | None = None
     max_pixels: int | None = None
+    max_slice_nums: int | None = None  # the most tiles of an image (runtime/slices.py)
+    use_image_id: bool | None = None  # whether the prompt numbers its pictures
+
+    def refuse(self, name: str, *unknown: str, known: str) -> None:
+        """Raises InputError where one of `unknown` is given, to a package that has only `known`."""
+        for option in unknown:
+            if getattr(self, option) is not None:
+                raise InputError(f"{name}: {option} is no option of this package; it has {known}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +80,7 @@ class Patches:
     pixel_values: NDArray[np.float32]  # [P, C * frames a patch * p * p], columns channel, frame, y, x
     grid: tuple[int, int, int]  # frames over frames a patch, rows, columns; in patches
     seconds_per_grid: float | None = None  # time from one grid row of frames to the next; None: a still image
+    kept: NDArray[np.int64] | None = None  # which of the grid's patches pixel_values holds, in its order; None: all
 
     @property
     def num_patches(self) -> int:
@@ -175,22 +186,79 @@ def preprocess_images(
     CapacityError where the options ask for more pixels than MAX_SOURCE_PIXELS.
     """
     assert frames, "an image or a clip has at least one frame"
-    if spec.strategy != "smart_resize":
+    strategies: dict[str, _Strategy] = {
+        "smart_resize": _smart_resized,
+        "shrink_then_smart_resize": _shrunk_first,
+        "native": _native,
+    }
+    if spec.strategy not in strategies:
         raise PackageError(
-            f"vlmport.json: image.strategy {spec.strategy!r} is not smart_resize; export the checkpoint again"
+            f"vlmport.json: image.strategy {spec.strategy!r} is not one of {', '.join(strategies)}; "
+            "export the checkpoint again"
         )
-    height, width = fit(frames[0], spec, options or ImageOptions(), name)
+    options = options or ImageOptions()
+    options.refuse(name, "max_slice_nums", "use_image_id", known="min_pixels and max_pixels")
+    return strategies[spec.strategy](frames, spec, options, name)
+
+
+_Strategy = Callable[[Sequence[Image.Image], ImageSpec, ImageOptions, str], Patches]
+
+
+def _smart_resized(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions, name: str) -> Patches:
+    """As Qwen2-VL does it. The options replace the package's limits."""
+    return _resized(frames, *fit(frames[0], spec, options, name), spec, name)
+
+
+def _shrunk_first(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions, name: str) -> Patches:
+    """As POINTS1.5 does it: an image over `max_pixels` of the options is made smaller by itself, and fitted after that.
+
+    So what is asked for with one image bounds it before the package's own limits, which may enlarge it again.
+    """
+    limit = options.max_pixels
+    height, width = frames[0].height, frames[0].width
+    if limit is not None and limit < 1:
+        raise InputError(f"{name}: max_pixels is {limit}; give a number of pixels above 0")
+    if limit is not None and height * width > limit:
+        shrink = math.sqrt((height * width) / limit)
+        size = math.floor(width / shrink), math.floor(height / shrink)
+        if min(size) < 1:
+            raise InputError(f"{name}: {width}x{height} has no {limit} pixels of its shape; raise max_pixels")
+        frames = [frame.resize(size, Image.Resampling.BICUBIC) for frame in frames]
+    return _smart_resized(frames, spec, replace(options, max_pixels=None), name)
+
+
+def _native(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions, name: str) -> Patches:
+    """Each image at its own size, as far as that is a whole number of patches and the position tables reach."""
+    low, high = _limits(spec, options, name)
+    try:
+        height, width = native_size(frames[0].height, frames[0].width, spec, low, high)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+    return _resized(frames, height, width, spec, name)
+
+
+def _resized(frames: Sequence[Image.Image], height: int, width: int, spec: ImageSpec, name: str) -> Patches:
     if height * width * len(frames) > MAX_SOURCE_PIXELS:
         raise CapacityError(
             f"{name}: {len(frames)} frames of {width}x{height} are over the limit of {MAX_SOURCE_PIXELS} pixels; "
             "lower min_pixels or max_pixels"
         )
     resample = RESAMPLE[spec.resample]
-    return _patchify([np.asarray(frame.resize((width, height), resample)) for frame in frames], spec)
+    return patchify([np.asarray(frame.resize((width, height), resample)) for frame in frames], spec)
 
 
 def fit(image: Image.Image, spec: ImageSpec, options: ImageOptions, name: str) -> tuple[int, int]:
     """Height and width that an image is resized to. Raises InputError naming the limit that is wrong."""
+    low, high = _limits(spec, options, name)
+    try:
+        factor = spec.patch_size * spec.merge_size
+        return smart_resize(image.height, image.width, factor, low, high, thin_ok=spec.small_sides_any_ratio)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+def _limits(spec: ImageSpec, options: ImageOptions, name: str) -> tuple[int, int]:
+    """The fewest and most pixels of an image: the package's own, as far as the options say no others."""
     limits = {"min_pixels": spec.min_pixels, "max_pixels": spec.max_pixels}
     if options.min_pixels is not None:
         limits["min_pixels"] = options.min_pixels
@@ -203,20 +271,41 @@ def fit(image: Image.Image, spec: ImageSpec, options: ImageOptions, name: str) -
         raise InputError(
             f"{name}: min_pixels {limits['min_pixels']} is over max_pixels {limits['max_pixels']}; raise max_pixels"
         )
-    try:
-        return smart_resize(image.height, image.width, spec.patch_size * spec.merge_size, **limits)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
+    return limits["min_pixels"], limits["max_pixels"]
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: float) -> tuple[int, int]:
+def native_size(height: int, width: int, spec: ImageSpec, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Sides of whole patches, no longer than `max_sides`, as near as can be to the image's own size and shape.
+
+    An image that fits keeps every pixel. One that is too large shrinks, one of less than a patch a side grows, both in
+    shape; then each side goes to the nearest whole patch. Raises InputError where a side would round to nothing.
+    """
+    assert spec.max_sides is not None
+    size, area = spec.patch_size, height * width
+    grown = max(1.0, math.sqrt(min_pixels / area), size / min(height, width))
+    scale = min(grown, math.sqrt(max_pixels / area), spec.max_sides[0] / height, spec.max_sides[1] / width)
+    rows, columns = round(height * scale / size), round(width * scale / size)
+    if rows * columns * size**2 > max_pixels:
+        rows, columns = (max(1, math.floor(side * scale / size)) for side in (height, width))
+    if min(rows, columns) < 1:
+        raise InputError(
+            f"{width}x{height} is too long for its width: within {spec.max_sides[1]}x{spec.max_sides[0]} its short "
+            f"side has less than half a patch of {size} pixels; crop or pad it"
+        )
+    return rows * size, columns * size
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: float, *, thin_ok: bool = False
+) -> tuple[int, int]:
     """The nearest size whose sides are multiples of `factor` and whose area is within the limits, shape kept.
 
     As transformers' qwen2_vl image processor since 4.50 (earlier ones refuse sides under `factor`), with Python's
-    rounding of halves to even. Raises InputError where one side is over 200 times the other.
+    rounding of halves to even. Raises InputError where one side is over 200 times the other; with `thin_ok` only if
+    both are at least `factor`.
     """
     ratio = max(height, width) / min(height, width)
-    if ratio > _MAX_RATIO:
+    if ratio > _MAX_RATIO and not (thin_ok and min(height, width) < factor):
         raise InputError(
             f"{width}x{height} has one side {ratio:.0f} times the other, over {_MAX_RATIO}; crop or pad it"
         )
@@ -232,7 +321,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return new_height, new_width
 
 
-def _patchify(frames: Sequence[NDArray[np.uint8]], spec: ImageSpec) -> Patches:
+def patchify(frames: Sequence[NDArray[np.uint8]], spec: ImageSpec) -> Patches:
     """Frames uint8 [H, W, 3] -> float32 patches; rows (t, block y, block x, row, column), columns (c, frame, y, x)."""
     size, merge, depth = spec.patch_size, spec.merge_size, spec.temporal_patch_size
     height, width, channels = frames[0].shape

@@ -40,11 +40,11 @@ class Graph:
         """Logits [B, S, V] of all positions; row i continues at position starts[i]."""
         num_rows, num_new, _ = embeds_BSD.shape
         rows = np.array(starts)[:, None] + np.arange(num_new)
-        axes = self.shapes["position_ids"][0]
+        axes = self.shapes["position_ids"][:-2]  # 3 of them, or none
         feeds: dict[str, Any] = {
             "inputs_embeds": embeds_BSD,
             "attention_mask": mask,
-            "position_ids": np.broadcast_to(rows, (axes, num_rows, num_new)).astype(np.int64),
+            "position_ids": np.broadcast_to(rows, (*axes, num_rows, num_new)).astype(np.int64),
             "num_logits_to_keep": np.array([0]),
         }
         binding, held = self.session.io_binding(), []

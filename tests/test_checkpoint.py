@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from vlmport.export.checkpoint import Checkpoint, CheckpointSource, resolve
 from vlmport.export.documents import chat_template
-from vlmport.export.family import TensorRef
+from vlmport.export.family import RowBlocks, TensorRef
 from vlmport.export.output import whole_folder
 from vlmport.runtime.errors import CheckpointError
 
@@ -43,6 +43,32 @@ def test_any_slice_of_rows(tmp_path_factory: pytest.TempPathFactory, bounds: lis
     opened = checkpoint(folder, {"w": VALUES})
     source = CheckpointSource({"w": opened.tensors["w"]}, {"w": (7, 5)})
     np.testing.assert_array_equal(source.rows("w", *bounds), VALUES[slice(*bounds)])
+
+
+@given(
+    size=st.integers(1, 4),
+    more=st.integers(0, 3),
+    offset=st.integers(0, 3),
+    num_blocks=st.integers(1, 4),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
+)
+def test_any_slice_of_the_rows_of_one_part_of_a_fused_tensor(
+    tmp_path_factory: pytest.TempPathFactory,
+    size: int,
+    more: int,
+    offset: int,
+    num_blocks: int,
+    ends: list[float],
+) -> None:
+    stride, offset = size + more, min(offset, more)
+    values = np.arange(num_blocks * stride * 3, dtype=np.float32).reshape(num_blocks * stride, 3)
+    wanted = values.reshape(num_blocks, stride, 3)[:, offset : offset + size].reshape(-1, 3)
+    opened = checkpoint(tmp_path_factory.getbasetemp() / "fused", {"w": values})
+    ref = TensorRef("w", values.shape, RowBlocks(offset, size, stride))
+    stored = resolve(opened, {"part": ref}, lambda name: name, lambda name: False)
+    bounds = slice(*(int(end * len(wanted)) for end in ends))
+    rows = CheckpointSource(stored, {"part": wanted.shape}).rows("part", bounds.start, bounds.stop)
+    np.testing.assert_array_equal(rows, wanted[bounds])
 
 
 def test_sharded_and_single_file_are_the_same(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ compute."""
 import copy
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,20 @@ def lowered(family: str, role: str, target: str) -> ir.Model:
 def test_families_are_found_by_listing() -> None:
     assert len(families()) >= 2
     for name in families():
-        assert load_family(name).name == name
+        assert re.sub(r"\W", "_", load_family(name).name) == name
 
 
 @pytest.mark.parametrize("name", families())
 def test_config_finds_its_family_and_no_other(name: str) -> None:
     config = load_family(name).tiny_config
     assert [other for other in families() if load_family(other).matches(config)] == [name]
-    assert family_of(config, Path("config.json")).name == name
+    assert family_of(config, Path("config.json")) is load_family(name)
 
 
 def test_unknown_model_type_lists_the_known_ones() -> None:
     with pytest.raises(CheckpointError, match=r"'banana'.*known ones are") as caught:
         family_of({"model_type": "banana"}, Path("x/config.json"))
-    assert all(name in str(caught.value) for name in families())
+    assert all(load_family(name).name in str(caught.value) for name in families())
 
 
 @pytest.mark.parametrize("name", families())
@@ -67,10 +68,13 @@ def test_normalise_is_idempotent(name: str) -> None:
 def test_a_missing_field_is_named(name: str) -> None:
     spec = load_family(name)
     config: dict[str, Any] = copy.deepcopy(spec.tiny_config)
-    del config["vocab_size"]
+    if "decoder" not in spec.roles(config):
+        pytest.skip("has no vocabulary")
+    text = next(part for part in (config, *config.values()) if isinstance(part, dict) and "vocab_size" in part)
+    del text["vocab_size"]
     with pytest.raises(CheckpointError, match="vocab_size is missing"):
         spec.roles(config)
-    config["vocab_size"] = "many"
+    text["vocab_size"] = "many"
     with pytest.raises(CheckpointError, match="vocab_size is 'many', expected int"):
         spec.roles(config)
 

@@ -35,6 +35,9 @@ class DecoderConfig:
     rope_sections: tuple[int, ...]
     qkv_bias: bool
 
+    output_bias: bool = False
+    up_bias: bool = False  # of gate and up
+    down_bias: bool = False
     def __post_init__(self) -> None:
         if sum(self.rope_sections) * 2 != self.head_dim:
             raise CheckpointError(
@@ -54,7 +57,7 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.width, query_width, bias=config.qkv_bias)
         self.k_proj = Linear(config.width, kv_width, bias=config.qkv_bias)
         self.v_proj = Linear(config.width, kv_width, bias=config.qkv_bias)
-        self.o_proj = Linear(query_width, config.width, bias=False)
+        self.o_proj = Linear(query_width, config.width, bias=config.output_bias)
 
     def forward(
         self,
@@ -83,7 +86,7 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.width, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
-        self.mlp = GatedMLP(config.width, config.inner, bias=False)
+        self.mlp = GatedMLP(config.width, config.inner, bias=config.up_bias, down_bias=config.down_bias)
 
     def forward(
         self,
@@ -100,7 +103,8 @@ class Layer(nn.Module):
 class CausalDecoder(nn.Module):
     """inputs_embeds [B, S, D] and a cache -> logits [B, kept, V] in float32 and the grown cache.
 
-    `position_ids` int64 [A, B, S]; `past` is key, value, key, value, ... by layer, each [B, kv_heads, P, head_dim].
+    `position_ids` int64 [A, B, S], or [B, S] where there is one axis; `past` is key, value, key, value, ... by layer,
+    each [B, kv_heads, P, head_dim].
     The boundary is float32 whatever the compute dtype, so that runtimes need not know it.
     """
 
@@ -119,7 +123,8 @@ class CausalDecoder(nn.Module):
         num_logits_to_keep: torch.Tensor,
         past: Sequence[torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        angles = multi_axis_angles(position_ids, self.config.inverse_frequencies, self.config.rope_sections)
+        positions_ABS = position_ids if position_ids.dim() == 3 else position_ids.unsqueeze(0)
+        angles = multi_axis_angles(positions_ABS, self.config.inverse_frequencies, self.config.rope_sections)
         rotary = (torch.cos(angles), torch.sin(angles))
         x_BSD = inputs_embeds.to(self.norm.weight.dtype)
         present: list[torch.Tensor] = []
