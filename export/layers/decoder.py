@@ -38,6 +38,7 @@ class DecoderConfig:
     output_bias: bool = False
     up_bias: bool = False  # of gate and up
     down_bias: bool = False
+
     def __post_init__(self) -> None:
         if sum(self.rope_sections) * 2 != self.head_dim:
             raise CheckpointError(
