@@ -36,7 +36,6 @@ __all__ = [
     "load_image",
     "native_size",
     "patchify",
-    "patchify",
     "preprocess_images",
     "smart_resize",
     "source_label",
