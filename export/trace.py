@@ -16,6 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .family import Port, RoleSpec
+from .repeat import expand_blocks
 
 __all__ = ["OPSET", "trace"]
 
@@ -59,6 +60,7 @@ def trace(role: RoleSpec, compute_dtype: str) -> ir.Model:
         )
     assert program is not None
     model = program.model
+    expand_blocks(model.graph)
     _name_ports(model.graph, role)
     return model
 

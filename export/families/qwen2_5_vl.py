@@ -24,6 +24,7 @@ from ..family import FamilySpec, Json, ManifestParts, RoleSpec
 from ..fields import read_field, read_fields, read_size
 from ..image_processor import PatchGeometry, image_processor, smart_resize_spec
 from ..layers import (
+    BlockRunner,
     DecoderConfig,
     GatedMLP,
     PackedAttention,
@@ -151,9 +152,10 @@ class VisionEncoder(nn.Module):
         positions = reorder_blocks(patch_positions, window_index, block)
         angles = axis_angles(positions, self.config.inverse_frequencies)
         rotary = (torch.cos(angles), torch.sin(angles))
+        run = BlockRunner()
         for index, layer in enumerate(self.blocks):
             full = index in self.config.full_attention_layers
-            x_NC = layer(x_NC, rotary, cu_seqlens if full else cu_window_seqlens)
+            x_NC = run(layer, x_NC, rotary, cu_seqlens if full else cu_window_seqlens)
         order = torch.arange(window_index.shape[0])
         inverse = torch.zeros_like(window_index).scatter(0, window_index, order)
         return reorder_blocks(x_NC, inverse, block).to(torch.float32)

@@ -14,7 +14,7 @@ from torch import nn
 from ..family import FamilySpec, Json, ManifestParts, RoleSpec
 from ..fields import read_field, read_size
 from ..image_processor import PatchGeometry
-from ..layers import Linear, PackedAttention, PackedBlock, PatchEmbed, PatchMerger, axis_angles, quick_gelu
+from ..layers import BlockRunner, Linear, PackedAttention, PackedBlock, PatchEmbed, PatchMerger, axis_angles, quick_gelu
 from ..roles import packed_vision_role, projector_role
 from ..text_config import check_activation
 from .qwen2_5_vl import manifest_parts, normalise, patch_geometry, text_roles, unused, vision_frequencies
@@ -87,8 +87,9 @@ class VisionEncoder(nn.Module):
         x_NC = self.patch_embed(pixel_values)
         angles = axis_angles(patch_positions, self.config.inverse_frequencies)
         rotary = (torch.cos(angles), torch.sin(angles))
+        run = BlockRunner()
         for layer in self.blocks:
-            x_NC = layer(x_NC, rotary, cu_seqlens)
+            x_NC = run(layer, x_NC, rotary, cu_seqlens)
         return x_NC.to(torch.float32)
 
 

@@ -5,10 +5,12 @@ from .decoder import CausalDecoder, DecoderConfig
 from .linear import Embedding, Linear, TokenEmbedding
 from .mlp import GatedMLP, quick_gelu
 from .norm import RMSNorm
+from .repeat import BlockRunner
 from .rope import apply_rotary, frequencies, multi_axis_angles
 from .vision import PackedAttention, PackedBlock, PatchEmbed, PatchMerger, RotaryTables, axis_angles, reorder_blocks
 
 __all__ = [
+    "BlockRunner",
     "CausalDecoder",
     "DecoderConfig",
     "Embedding",

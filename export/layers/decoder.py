@@ -14,6 +14,7 @@ from .attention import cached_attention, last_positions
 from .linear import Linear
 from .mlp import GatedMLP
 from .norm import RMSNorm
+from .repeat import BlockRunner
 from .rope import apply_rotary, multi_axis_angles
 
 __all__ = ["CausalDecoder", "DecoderConfig"]
@@ -34,7 +35,6 @@ class DecoderConfig:
     inverse_frequencies: tuple[float, ...]
     rope_sections: tuple[int, ...]
     qkv_bias: bool
-
     output_bias: bool = False
     up_bias: bool = False  # of gate and up
     down_bias: bool = False
@@ -129,8 +129,9 @@ class CausalDecoder(nn.Module):
         rotary = (torch.cos(angles), torch.sin(angles))
         x_BSD = inputs_embeds.to(self.norm.weight.dtype)
         present: list[torch.Tensor] = []
+        run = BlockRunner()
         for index, layer in enumerate(self.layers):
-            x_BSD, key, value = layer(x_BSD, rotary, (past[2 * index], past[2 * index + 1]), attention_mask)
+            x_BSD, key, value = run(layer, x_BSD, rotary, (past[2 * index], past[2 * index + 1]), attention_mask)
             present += [key, value]
         logits = self.lm_head(self.norm(last_positions(x_BSD, num_logits_to_keep)))
         return logits.to(torch.float32), *present
