@@ -39,9 +39,11 @@ _KINDS: dict[str, Literal["image", "video"]] = {
 }
 _SOURCE_KEYS = ("path", "url")  # besides the part's own type
 _ALIASES = {"nframes": "num_frames"}  # as qwen-vl-utils has it
-_INTEGERS = ("num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
+_INTEGERS = ("num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "max_slice_nums")
+_SWITCHES = ("use_image_id",)
 _IMAGE_OPTIONS = frozenset(field.name for field in fields(ImageOptions))
 _CLIP_OPTIONS = frozenset(field.name for field in fields(ClipOptions))
+_OPTIONS = _IMAGE_OPTIONS | _CLIP_OPTIONS  # of a video part, whose frames are images too
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:(?=//)|data:", re.IGNORECASE)
 
 
@@ -92,7 +94,8 @@ def read_messages(
     """
     limits, template_options = _split_options(options or {})
     image_options = replace(ImageOptions(), **{k: v for k, v in limits.items() if k in _IMAGE_OPTIONS})
-    request = _Request(image_options, replace(ClipOptions(), **limits), folder, allow_files)
+    clip_options = replace(ClipOptions(), **{k: v for k, v in limits.items() if k in _CLIP_OPTIONS})
+    request = _Request(image_options, clip_options, folder, allow_files)
     _expect(isinstance(messages, (list, tuple)), "messages", f"is a {type(messages).__name__}, not a list of messages")
     _expect(len(messages) > 0, "messages", "is empty; give at least one message")
     plain: list[dict[str, Any]] = []
@@ -142,13 +145,14 @@ def _read_part(part: Any, where: str, request: _Request) -> str | Visual:
     if isinstance(source, Mapping) and str(kind).endswith("_url"):
         source = _read_url(cast("Mapping[str, Any]", source), f"{where}.{kind}")
     kind = _KINDS[str(kind)]
-    own = _read_options(values, where, _IMAGE_OPTIONS if kind == "image" else _CLIP_OPTIONS)
+    own = _read_options(values, where, _IMAGE_OPTIONS if kind == "image" else _OPTIONS)
+    clip_own = {k: v for k, v in own.items() if k in _CLIP_OPTIONS}
     return Visual(
         kind,
         None if source is None else _resolve_source(kind, source, where, request),
         where,
         replace(request.image_options, **{k: v for k, v in own.items() if k in _IMAGE_OPTIONS}),
-        replace(request.clip_options, **own) if kind == "video" else request.clip_options,
+        replace(request.clip_options, **clip_own) if kind == "video" else request.clip_options,
     )
 
 
@@ -184,17 +188,21 @@ def _read_url(value: Mapping[str, Any], where: str) -> Any:
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Limits of images and clips, and what is left for the chat template."""
     named = {_ALIASES.get(name, name): value for name, value in options.items()}
-    limits = {name: value for name, value in named.items() if name in _CLIP_OPTIONS}
-    rest = {name: value for name, value in named.items() if name not in _CLIP_OPTIONS}
-    return _read_options(limits, "options", _CLIP_OPTIONS), rest
+    limits = {name: value for name, value in named.items() if name in _OPTIONS}
+    rest = {name: value for name, value in named.items() if name not in _OPTIONS}
+    return _read_options(limits, "options", _OPTIONS), rest
 
 
 def _read_options(values: Mapping[str, Any], where: str, known: frozenset[str]) -> dict[str, Any]:
-    """Numbers above 0, by their names here."""
+    """Numbers above 0 and switches, by their names here."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = _ALIASES.get(key, key)
         _expect(name in known, f"{where}.{key}", f"is unknown; known are {', '.join(sorted(known))}")
+        if name in _SWITCHES:
+            _expect(isinstance(value, bool), f"{where}.{key}", f"is {_shown(value)}; give true or false")
+            found[name] = value
+            continue
         kinds = (int,) if name in _INTEGERS else (int, float)
         fits = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
         _expect(

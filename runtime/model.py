@@ -193,12 +193,12 @@ class Model:
         return self.decoder.step(embeds_D, cache.length + rope_delta, cache)
 
     def logits(self, input_ids: Array, images: Sequence[Patches] = (), videos: Sequence[Patches] = ()) -> Array:
-        """Logits of every position, float32 [S, V]. Placeholders in `input_ids` [S] are expanded already."""
+        """Logits of every token that the decoder sees, float32 [S, V]. Placeholders in `input_ids` are expanded."""
         prepared = self.prepare_ids(input_ids, images, videos)
         seen = self.features(prepared)
         embeds_SD = self.embed(prepared, seen.features if seen else None)
         cache = self.new_cache(plan_cache_length(self.cache_spec, len(embeds_SD), 0, self.options.cache_length))
-        return self.prefill(embeds_SD, prepared.position_ids, cache, all_logits=True)
+        return self.prefill(prepared.seen(embeds_SD), prepared.seen_positions, cache, all_logits=True)
 
     # All of them together.
 
@@ -280,7 +280,7 @@ class Model:
             started = time.perf_counter()
             caches.append(decoder.new_cache(length))
             embeds_SD = self.embed(prepared, seen.features if seen else None)
-            logits_V = self.prefill(embeds_SD, prepared.position_ids, caches[0])[0]
+            logits_V = self.prefill(prepared.seen(embeds_SD), prepared.seen_positions, caches[0])[0]
             spent = seen.timings if seen else Timings()
             timings = replace(
                 prepared.timings,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .errors import InputError, PackageError
 from .generate import Timings
@@ -19,6 +20,7 @@ from .messages import Visual, read_messages
 from .positions import VisualRun, positions
 from .prompt import PromptBuilder
 from .session import Array
+from .slices import Pictures, cut_picture
 from .video import load_clip, preprocess_clip
 
 __all__ = ["Prepared", "prepare_ids", "prepare_messages"]
@@ -26,7 +28,10 @@ __all__ = ["Prepared", "prepare_ids", "prepare_messages"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prompt, ready for the graphs. `visuals` and `runs` go together, in the order of their placeholders."""
+    """A prompt, ready for the graphs. `visuals` and `runs` go together, in the order of their placeholders.
+
+    There is one of each a tile where pictures are cut into tiles, else one an image or clip.
+    """
 
     text: str  # the rendered template, each placeholder once; empty where the request came as ids
     input_ids: Array  # int64 [S]
@@ -35,6 +40,16 @@ class Prepared:
     position_ids: Array  # int64 [3, S] or [S]
     rope_delta: int  # position of the token after the cache's n-th is n + rope_delta
     timings: Timings
+    visible: Array | None = None  # bool [S]: which tokens the decoder sees; None: all
+
+    @property
+    def seen_positions(self) -> Array:
+        """Positions of the tokens that the decoder sees, int64 [3, S] or [S]."""
+        return self.position_ids if self.visible is None else self.position_ids[..., self.visible]
+
+    def seen(self, rows_SX: Array) -> Array:
+        """Of one row a token, those that the decoder sees. No other token attends to the rest, so they are left out."""
+        return rows_SX if self.visible is None else rows_SX[self.visible]
 
     @property
     def images(self) -> tuple[Patches, ...]:
@@ -68,14 +83,15 @@ def prepare_messages(
     started = time.perf_counter()
     conversation = read_messages(messages, options=options, folder=folder, allow_files=allow_files)
     preprocess = time.perf_counter() - started
-    all_patches: list[Patches] = []
+    shown: list[Patches | Pictures] = []
     for visual in conversation.visuals:
-        patches, spent = _load_patches(manifest, visual)
-        all_patches.append(patches)
+        item, spent = _load(manifest, visual)
+        shown.append(item)
         preprocess += spent.preprocess
         timings = replace(timings, decode_image=timings.decode_image + spent.decode_image)
     started = time.perf_counter()
-    prompt = builder.build(conversation, all_patches)
+    prompt = builder.build(conversation, shown)
+    all_patches = [tile for item in shown for tile in (item.tiles if isinstance(item, Pictures) else (item,))]
     prepared = _place(manifest, prompt.text, prompt.input_ids, all_patches, prompt.runs)
     preprocess += time.perf_counter() - started
     timings = replace(timings, preprocess=preprocess, num_prompt_tokens=len(prompt.input_ids))
@@ -101,24 +117,58 @@ def _place(
         raise PackageError(
             "vlmport.json: has no positions, so this package takes no prompt; export the checkpoint again"
         )
+    hidden = np.isin(ids, manifest.positions.hidden_token_ids)
+    if hidden.any():
+        return _place_around(hidden, Prepared(text, ids, tuple(visuals), tuple(runs), ids, 0, Timings()))
     place = positions(manifest.positions, len(ids), runs)
     return Prepared(text, ids, tuple(visuals), tuple(runs), place.position_ids, place.rope_delta, Timings())
 
 
-def _load_patches(manifest: Manifest, visual: Visual) -> tuple[Patches, Timings]:
-    """The patches of one visual, and the time it took to decode and to cut it up."""
+def _place_around(hidden: Array, prepared: Prepared) -> Prepared:
+    """Positions of a prompt, of which `hidden` [S] tokens have none of their own (the reference gives them 1)."""
+    if hidden[-1]:
+        raise InputError(
+            f"input_ids: end with {prepared.input_ids[-1]}, a token that this model's own code hides; end with another"
+        )
+    visible = ~hidden
+    place = np.where(visible, np.cumsum(visible) - 1, 1)
+    return replace(prepared, position_ids=place, visible=visible)
+
+
+def _load(manifest: Manifest, visual: Visual) -> tuple[Patches | Pictures, Timings]:
+    """What one visual becomes, and the time it took to decode and to cut it up."""
     if manifest.image is None or (visual.kind == "video" and manifest.video is None):
         raise InputError(f"{visual.where}: this model takes no {visual.kind}; leave it out")
     source = visual.source
     label = source_label(source, visual.where) if isinstance(source, (str, Path)) else visual.where
     started = time.perf_counter()
+    clip = None
     if visual.kind == "image":
-        image = load_image(visual.source, name=visual.where)
-        decoded = time.perf_counter()
-        patches = preprocess_images([image], manifest.image, visual.image_options, name=label)
+        frames = (load_image(visual.source, name=visual.where),)
     else:
         assert manifest.video is not None
         clip = load_clip(visual.source, manifest.video, manifest.image, visual.clip_options, name=visual.where)
-        decoded = time.perf_counter()
-        patches = preprocess_clip(clip, manifest.image, visual.image_options, name=label)
-    return patches, Timings(decode_image=decoded - started, preprocess=time.perf_counter() - decoded)
+        frames = clip.frames
+    decoded = time.perf_counter()
+    if manifest.image.strategy == "slices":
+        item = _cut(frames, manifest, visual, label)
+    elif clip is None:
+        item = preprocess_images(frames, manifest.image, visual.image_options, name=label)
+    else:
+        item = preprocess_clip(clip, manifest.image, visual.image_options, name=label)
+    return item, Timings(decode_image=decoded - started, preprocess=time.perf_counter() - decoded)
+
+
+def _cut(frames: Sequence[Image.Image], manifest: Manifest, visual: Visual, label: str) -> Pictures:
+    """An image or each frame of a clip in tiles. A list of frames is so many images; a clip has defaults of its own."""
+    assert manifest.image is not None
+    options, video = visual.image_options, manifest.video
+    if visual.kind == "video" and video is not None and not isinstance(visual.source, (list, tuple)):
+        options = replace(
+            options,
+            max_slice_nums=video.max_slices if options.max_slice_nums is None else options.max_slice_nums,
+            use_image_id=video.use_ids if options.use_image_id is None else options.use_image_id,
+        )
+    return Pictures(
+        tuple(cut_picture(frame, manifest.image, options, name=label) for frame in frames), options.use_image_id
+    )

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,8 @@ from .image import Patches
 from .manifest import Manifest, PromptSpec
 from .messages import Conversation
 from .positions import VisualRun
+from .slices import Pictures
+from .tile_prompt import Kind, picture_text, tile_runs
 
 __all__ = ["Prompt", "PromptBuilder"]
 
@@ -49,6 +51,9 @@ class PromptBuilder:
         self.video_token_id = self._token_id(spec.video_placeholder)
         self._spec = spec
         self._merge_size = merge_size
+        tiles = spec.tiles
+        self._tile_starts = [self._token_id(token) for token in (tiles.start, tiles.tile_start)] if tiles else []
+        self._tile_ends = [self._token_id(token) for token in (tiles.end, tiles.tile_end)] if tiles else []
         longest_first = sorted(spec.protected_tokens, key=len, reverse=True)  # as the tokenizer matches them
         self._protected = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -71,15 +76,20 @@ class PromptBuilder:
             ) from error
         return cls(template, tokenizer, manifest.prompt, manifest.image.merge_size if manifest.image else 1)
 
-    def build(self, conversation: Conversation, patches: Sequence[Patches]) -> Prompt:
-        """The prompt of a conversation whose images and clips became `patches`, in the same order.
+    def build(self, conversation: Conversation, shown: Sequence[Patches | Pictures]) -> Prompt:
+        """The prompt of a conversation whose images and clips became `shown`, in the same order.
 
         Raises InputError for unknown template options and where the template leaves out a part.
         """
-        assert len(patches) == len(conversation.visuals), "one Patches a visual"
+        assert len(shown) == len(conversation.visuals), "one entry a visual"
         options = self._options(conversation.template_options)
-        text = self.template.render(conversation.messages, options)
-        ids = self._encode(text, self._user_tokens(conversation, options, text))
+        counts = [len(item.pictures) if isinstance(item, Pictures) else 1 for item in shown]
+        text = self._render(conversation.messages, counts, options)
+        user_tokens = self._user_tokens(conversation, counts, options, text)
+        if self._spec.tiles is not None:
+            return self._build_tiles(conversation, [p for p in shown if isinstance(p, Pictures)], text, user_tokens)
+        patches = [item for item in shown if isinstance(item, Patches)]
+        ids = self._encode(_cut(text, user_tokens))
         kinds = [visual.kind for visual in conversation.visuals]
         slots = np.flatnonzero(self._is_placeholder(ids))
         found = [self._kind(ids[slot]) for slot in slots]
@@ -94,10 +104,39 @@ class PromptBuilder:
         by_kind = {k: [p for p, kind in zip(patches, kinds, strict=True) if kind == k] for k in ("image", "video")}
         return Prompt(text, ids, self.runs(ids, by_kind["image"], by_kind["video"]))
 
+    def _build_tiles(
+        self, conversation: Conversation, shown: Sequence[Pictures], text: str, user_tokens: Sequence[tuple[int, int]]
+    ) -> Prompt:
+        """The prompt whose pictures are spelled out in the text, as the reference does it before it encodes that."""
+        tokens = self._spec.tiles
+        assert tokens is not None
+        matches = re.finditer(re.escape(self._spec.image_placeholder), text)
+        slots = [match.span() for match in matches if match.span() not in user_tokens]
+        pictures = [(picture, item.use_ids) for item in shown for picture in item.pictures]
+        if len(slots) != len(pictures):
+            raise InputError(
+                f"messages: the chat template left places for {len(slots)} pictures, the messages have "
+                f"{len(pictures)}; put images and videos where the template takes them"
+            )
+        spelled: dict[tuple[int, int], str] = {}
+        for number, (slot, (picture, use_ids)) in enumerate(zip(slots, pictures, strict=True)):
+            numbered = tokens.use_ids if use_ids is None else use_ids
+            spelled[slot] = picture_text(tokens, picture.grid, number if numbered else None)
+        ids = self._encode(_cut(text, user_tokens, spelled))
+        kinds: list[Kind] = [
+            visual.kind for visual, item in zip(conversation.visuals, shown, strict=True) for _ in item.tiles
+        ]
+        return Prompt(text, ids, tile_runs(ids, self._tile_starts, self._tile_ends, tokens.num_fillers, kinds))
+
     def runs(
         self, input_ids: NDArray[np.int64], images: Sequence[Patches], videos: Sequence[Patches]
     ) -> tuple[VisualRun, ...]:
         """Where images and videos go in ids [S] whose placeholders are expanded. Raises InputError on any mismatch."""
+        if self._spec.tiles is not None:
+            kinds: list[Kind] = ["image"] * len(images)
+            if videos:
+                raise InputError("videos: this package takes the frames of a clip as images; give their tiles there")
+            return tile_runs(input_ids, self._tile_starts, self._tile_ends, self._spec.tiles.num_fillers, kinds)
         waiting = {"image": iter(images), "video": iter(videos)}
         slots = np.flatnonzero(self._is_placeholder(input_ids))
         runs: list[VisualRun] = []
@@ -137,12 +176,30 @@ class PromptBuilder:
             )
         return {"add_generation_prompt": True, **self._spec.template_options, **given}
 
-    def _user_tokens(self, conversation: Conversation, options: Mapping[str, Any], text: str) -> list[tuple[int, int]]:
+    def _render(self, messages: Sequence[Mapping[str, Any]], counts: Sequence[int], options: Mapping[str, Any]) -> str:
+        """The template's text. Where it takes texts, the parts of a message are joined to one; counts: pictures."""
+        if self._spec.joiner is None:
+            return self.template.render(messages, options)
+        waiting = iter(counts)
+        return self.template.render([self._joined(message, waiting) for message in messages], options)
+
+    def _joined(self, message: Mapping[str, Any], counts: Iterator[int]) -> dict[str, Any]:
+        content: str | list[dict[str, Any]] = message["content"]
+        if isinstance(content, str):
+            return {**message}
+        texts: list[str] = []
+        for part in content:
+            texts += [part["text"]] if part["type"] == "text" else [self._spec.image_placeholder] * next(counts)
+        return {**message, "content": str(self._spec.joiner).join(texts)}
+
+    def _user_tokens(
+        self, conversation: Conversation, counts: Sequence[int], options: Mapping[str, Any], text: str
+    ) -> list[tuple[int, int]]:
         """Stretches of the rendered text that spell a protected token with at least one character of the user's."""
         matches = [match.span() for match in self._protected.finditer(text)]
         if not matches:
             return []
-        spans = self._user_spans(conversation, options, text)
+        spans = self._user_spans(conversation, counts, options, text)
         if spans is None:
             if any(self._protected.search(part) for message in conversation.messages for part in _texts(message)):
                 raise InputError(
@@ -153,7 +210,7 @@ class PromptBuilder:
         return [match for match in matches if any(start < match[1] and match[0] < stop for start, stop in spans)]
 
     def _user_spans(
-        self, conversation: Conversation, options: Mapping[str, Any], text: str
+        self, conversation: Conversation, counts: Sequence[int], options: Mapping[str, Any], text: str
     ) -> list[tuple[int, int]] | None:
         """Where texts of messages stand in the rendered text; None where the template changes them."""
         taken = {*text, *self.template.source}
@@ -161,7 +218,7 @@ class PromptBuilder:
         opening, closing = next(free, ""), next(free, "")
         if not closing:
             return None
-        marked = self.template.render([_marked(m, opening, closing) for m in conversation.messages], options)
+        marked = self._render([_marked(m, opening, closing) for m in conversation.messages], counts, options)
         plain: list[str] = []
         spans: list[tuple[int, int]] = []
         length, start = 0, None
@@ -178,15 +235,12 @@ class PromptBuilder:
                 length += len(piece)
         return spans if start is None and "".join(plain) == text else None
 
-    def _encode(self, text: str, user_tokens: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-        """Ids of the rendered text; the user's control tokens as ordinary text, all else as the tokenizer has it."""
+    def _encode(self, pieces: Sequence[tuple[str, bool]]) -> NDArray[np.int64]:
+        """Ids of a text in pieces: the user's control tokens as ordinary text, all else as the tokenizer has it."""
         ids: list[int] = []
-        done = 0
-        for start, stop in user_tokens:
-            ids += self.tokenizer.encode(text[done:start], add_special_tokens=False).ids
-            ids += self._encode_plainly(text[start:stop])
-            done = stop
-        ids += self.tokenizer.encode(text[done:], add_special_tokens=False).ids
+        for text, plain in pieces:
+            encoded = self._encode_plainly(text) if plain else self.tokenizer.encode(text, add_special_tokens=False).ids
+            ids += encoded
         return np.array(ids, np.int64)
 
     def _encode_plainly(self, text: str) -> list[int]:
@@ -208,7 +262,7 @@ class PromptBuilder:
     def _is_placeholder(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         return (ids == self.image_token_id) | (ids == self.video_token_id)
 
-    def _kind(self, token_id: np.int64) -> Literal["image", "video"]:
+    def _kind(self, token_id: np.int64) -> Kind:
         return "image" if token_id == self.image_token_id else "video"
 
 
@@ -232,6 +286,24 @@ def _marked(message: Mapping[str, Any], opening: str, closing: str) -> dict[str,
         return {**message, "content": mark(content)}
     parts = [{**part, "text": mark(part["text"])} if part["type"] == "text" else part for part in content]
     return {**message, "content": parts}
+
+
+def _cut(
+    text: str, user_tokens: Sequence[tuple[int, int]], replaced: Mapping[tuple[int, int], str] | None = None
+) -> list[tuple[str, bool]]:
+    """A text in pieces (text, is it a user's control token), with stretches replaced. What may stay whole does."""
+    swaps = replaced or {}
+    pieces: list[tuple[str, bool]] = []
+    whole, done = "", 0
+    for start, stop in sorted([*user_tokens, *swaps]):
+        whole += text[done:start]
+        done = stop
+        if (start, stop) in swaps:
+            whole += swaps[start, stop]
+            continue
+        pieces += [(whole, False), (text[start:stop], True)]
+        whole = ""
+    return [*pieces, (whole + text[done:], False)]
 
 
 def _counts(kinds: Sequence[str]) -> str:

@@ -1,7 +1,8 @@
 """What a variant computes for one prompt, stage by stage, in the order in which a request goes through it.
 
-Runtime only: no torch, no safetensors. Dims: S prompt tokens, P patches, C vision width, R visual rows, D width of a
-token embedding, V vocabulary, N forced tokens, L layers, K key/value heads, H head size.
+Runtime only: no torch, no safetensors. Dims: S prompt tokens, T those that the decoder sees (all, where none are
+hidden), P patches, C vision width, R visual rows, D width of a token embedding, V vocabulary, N forced tokens,
+L layers, K key/value heads, H head size.
 """
 
 from collections.abc import Sequence
@@ -26,9 +27,9 @@ class Stages:
     vision: Array | None  # [P, C], natural patch order; None: text only
     features: Array | None  # [R, D]
     inputs_embeds: Array  # [S, D]
-    prefill_logits: Array  # [S, V]
+    prefill_logits: Array  # [T, V]
     step_logits: Array  # [1 + N, V]: row 0 is the prefill's last, row i follows the i-th forced token
-    past_keys: tuple[Array, ...]  # L of [K, S, H], after the prefill
+    past_keys: tuple[Array, ...]  # L of [K, T, H], after the prefill
     past_values: tuple[Array, ...]
 
 
@@ -38,7 +39,7 @@ def run_stages(model: Model, prepared: Prepared, forced_ids: Sequence[int] = ())
     features = None if visual is None else visual.features
     embeds = model.embed(prepared, features)
     cache = model.new_cache(len(prepared.input_ids) + len(forced_ids) + 1)
-    prefill_logits = model.prefill(embeds, prepared.position_ids, cache, all_logits=True)
+    prefill_logits = model.prefill(prepared.seen(embeds), prepared.seen_positions, cache, all_logits=True)
     layers = range(0 if model.manifest.cache is None else model.manifest.cache.num_layers)
     keys = tuple(_float32(cache.keys(layer)) for layer in layers)
     values = tuple(_float32(cache.values(layer)) for layer in layers)
@@ -57,8 +58,8 @@ def run_stages(model: Model, prepared: Prepared, forced_ids: Sequence[int] = ())
 
 def logits_without_cache(model: Model, prepared: Prepared, embeds: Array, forced_ids: Sequence[int]) -> Array:
     """What `run_stages` gives as step_logits [1 + N, V], by one prefill of prompt (`embeds` [S, D]) and answer."""
-    length, count = len(prepared.input_ids), len(forced_ids)
-    positions = prepared.position_ids
+    embeds, positions = prepared.seen(embeds), prepared.seen_positions
+    length, count = len(embeds), len(forced_ids)
     if count:
         answer = np.array([forced_ids], dtype=np.int64)
         more = model.session("embed_tokens").run({"input_ids": answer}, ["inputs_embeds"])["inputs_embeds"][0]
