@@ -1,6 +1,7 @@
 """`vlmport inspect`: what a package holds, told from its manifest alone.
 
 No graph is loaded and no weight is read, so it takes a moment for a package of any size and needs the runtime only.
+With --placement it loads the graphs and tells instead where their nodes run (placement.py).
 """
 
 import argparse
@@ -10,10 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..runtime.errors import PackageError
+from ..runtime.errors import InputError, PackageError
 from ..runtime.manifest import GraphFile, Source, TensorInfo
 from ..runtime.package import MANIFEST_NAME, Package, file_entry
 from ..runtime.schema import to_json
+from .placement import placement
+from .placement import render as render_placement
 from .table import table
 
 __all__ = ["Contents", "GraphContents", "VariantContents", "add_arguments", "contents", "execute", "folded", "render"]
@@ -61,10 +64,21 @@ class Contents:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="PACKAGE", help="folder that `vlmport export` made")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--placement", action="store_true", help="tell which provider runs which nodes, and why some are on the CPU"
+    )
+    parser.add_argument("--variant", metavar="V", help="with --placement: of this variant alone")
 
 
 def execute(args: argparse.Namespace) -> int:
-    found = contents(Package.open(args.package))
+    package = Package.open(args.package)
+    if args.placement:
+        where = placement(package, args.variant)
+        print(json.dumps(to_json(where), indent=2, ensure_ascii=False) if args.json else render_placement(where))
+        return 0
+    if args.variant is not None:
+        raise InputError("--variant: means nothing without --placement, as all variants are told of; leave it out")
+    found = contents(package)
     print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if args.json else render(found))
     return 0
 

@@ -98,10 +98,13 @@ class GraphSession:
                 )
 
 
-def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None = None) -> GraphSession:
+def open_session(
+    path: Path, target: Device = "cpu", *, num_threads: int | None = None, profile: Path | None = None
+) -> GraphSession:
     """Loads a graph for the target of its package: "cpu" on the CPU, "cuda" on the GPU with no silent fall-back.
 
-    num_threads: threads of one operator; None leaves the choice to ONNX Runtime (one a physical core).
+    num_threads: threads of one operator; None leaves the choice to ONNX Runtime (one a physical core). profile: ONNX
+    Runtime writes down what it runs, into a file whose name begins so (see placement.py).
     Raises MissingDependencyError without a fitting onnxruntime, PackageError for a graph that it cannot load.
     """
     if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
@@ -113,6 +116,9 @@ def open_session(path: Path, target: Device = "cpu", *, num_threads: int | None 
     options.log_severity_level = _ERRORS_ONLY
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     try:
         raw = ort.InferenceSession(str(path), sess_options=options, providers=_providers(target), enable_fallback=0)
         session = GraphSession(raw, path, target)
