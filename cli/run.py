@@ -1,4 +1,7 @@
-"""Answer a prompt about images and videos, text as it comes, or one JSON object with --json."""
+"""Answer a prompt about images and videos, text as it comes, or one JSON object with --json.
+
+A package without a decoder takes no prompt: it gives class scores or the embedding of each image.
+"""
 
 import argparse
 import json
@@ -7,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime import Generation, load
+from ..runtime.errors import InputError
 from ..runtime.schema import to_json
+from . import run_images
 
 __all__ = ["add_arguments", "execute"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="PACKAGE", type=Path, help="folder of a package")
-    parser.add_argument("prompt", metavar="PROMPT", help="what to ask; images and videos come before it")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="what to ask; images and videos come before it (without a decoder: none)",
+    )
     parser.add_argument("--image", metavar="F", nargs="+", action="extend", default=[], help="image files, in order")
     parser.add_argument(
         "--video", metavar="F", nargs="+", action="extend", default=[], help="video or .npy files, in order"
@@ -40,11 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--min-p", metavar="P", type=float, help="among those at least P as probable as the best")
     choice.add_argument("--repetition-penalty", metavar="X", type=float, help="above 1 discourages repeats; 1 is off")
     choice.add_argument("--seed", metavar="N", type=int, help="draw the same again")
+    run_images.add_arguments(parser.add_argument_group("images alone (a package without a decoder)"))
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one a core)")
 
 
 def execute(args: argparse.Namespace) -> int:
     with load(args.package, args.variant, num_threads=args.threads, cache_length=args.cache_length) as model:
+        if "decoder" not in model.manifest.roles:
+            return run_images.execute(model, args)
+        run_images.refuse(args)
+        if args.prompt is None:
+            raise InputError("PROMPT: missing; say what to ask, before --image or after --")
         stream = model.stream(
             _messages(args),
             _options(args),

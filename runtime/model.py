@@ -20,9 +20,10 @@ import numpy as np
 
 from .cache import Cache, check_cache_limit, plan_cache_length
 from .decoder import Decoder
+from .encode import EncodeOptions, ImageEncoding, VisionOutput, encode_patches, prepare_images
 from .errors import InputError, PackageError
 from .generate import Generation, GenerationOptions, GenerationStream, Timings, generate_tokens, sampling_params
-from .image import Patches
+from .image import ImageOptions, ImageSource, Patches
 from .manifest import CacheSpec, GenerationDefaults, Manifest
 from .package import Package
 from .positions import VIDEO_RULES
@@ -31,21 +32,14 @@ from .prompt import PromptBuilder
 from .sample import Sampler
 from .session import Array, GraphSession, open_session, require_onnxruntime
 from .text_stream import TextStream
+from .token_drop import kept_inputs
 from .vision_inputs import vision_inputs
 
 __all__ = ["LoadOptions", "Model", "VisionOutput"]
 
 Messages = Sequence[Mapping[str, Any]]
 _DEFAULTS = GenerationOptions()
-
-
-@dataclass(frozen=True)
-class VisionOutput:
-    """What the vision side computed: `vision` float32 [P, C] in natural patch order, `features` float32 [R, D]."""
-
-    vision: Array
-    features: Array
-    timings: Timings  # vision and projector alone
+_NO_TIME = Timings()
 
 
 @dataclass(frozen=True)
@@ -142,22 +136,25 @@ class Model:
         encoder = self.session("vision_encoder")
         projector = self.session("projector") if "projector" in self.manifest.roles else None
         feeds = {"pixel_values": np.concatenate([item.pixel_values for item in patches])}
-        spec, grids = self.manifest.vision, [item.grid for item in patches]
         started = time.perf_counter()
-        if spec is not None:
-            feeds |= vision_inputs(spec, grids)
+        feeds |= self._index_inputs(patches)
         encoded = encoder.run(feeds, ["vision_features"], release_memory=True)
         vision_PC = encoded["vision_features"].astype(np.float32, copy=False)
         between = time.perf_counter()
         features_RD = vision_PC
         if projector is not None:
-            indices = vision_inputs(spec, grids, spec.projector_inputs) if spec is not None else {}
+            indices = self._index_inputs(patches, projector=True)
             projected = projector.run(
                 {"vision_features": vision_PC, **indices}, ["image_features"], release_memory=True
             )
             features_RD = projected["image_features"]
         timings = Timings(vision=between - started, projector=time.perf_counter() - between)
         return VisionOutput(vision_PC, features_RD.astype(np.float32, copy=False), timings)
+
+    def classify(self, features_ID: Array) -> Array:
+        """Class scores of pooled images, float32 [I, C], before softmax or sigmoid."""
+        found = self.session("classifier").run({"image_features": features_ID}, ["logits"])
+        return found["logits"].astype(np.float32, copy=False)
 
     def features(self, prepared: Prepared) -> VisionOutput | None:
         """`encode_vision` of all that the prompt shows, in the order of its placeholders; None for text alone."""
@@ -201,6 +198,35 @@ class Model:
         return self.prefill(prepared.seen(embeds_SD), prepared.seen_positions, cache, all_logits=True)
 
     # All of them together.
+
+    def encode_images(
+        self,
+        images: Sequence[ImageSource],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        token_drop: float | Sequence[float] = 0.0,
+        seed: int | None = None,
+        max_patches: int | None = None,
+    ) -> ImageEncoding:
+        """One embedding an image, and class scores where there is a classifier. For packages without a decoder.
+
+        Images of any sizes go through in one call, or in calls of at most `max_patches` patches. token_drop: share of
+        patches to leave out at random (`seed` draws the same again), for all images or one each. Raises InputError and
+        CapacityError naming the image, PackageError where the package answers prompts instead.
+        """
+        if "decoder" in self.manifest.roles:
+            raise PackageError(f"{self.package.path}: answers prompts about images; call generate with a message")
+        options = EncodeOptions(ImageOptions(min_pixels, max_pixels), token_drop, seed, max_patches)
+        patches, timings = prepare_images(self.manifest.image, images, options)
+        return self.encode_patches(patches, max_patches=max_patches, timings=timings)
+
+    def encode_patches(
+        self, patches: Sequence[Patches], *, max_patches: int | None = None, timings: Timings = _NO_TIME
+    ) -> ImageEncoding:
+        """The same for images that are cut up already. `timings`: of what came before."""
+        classify = self.classify if "classifier" in self.manifest.roles else None
+        return encode_patches(patches, self.encode_vision, classify, max_patches, timings)
 
     def generate(
         self,
@@ -340,6 +366,14 @@ class Model:
     @property
     def _generation(self) -> GenerationDefaults:
         return self.manifest.generation or GenerationDefaults(eos_token_ids=())
+
+    def _index_inputs(self, patches: Sequence[Patches], *, projector: bool = False) -> dict[str, Array]:
+        spec = self.manifest.vision
+        if spec is None:
+            return {}
+        grids = [item.grid for item in patches]
+        found = vision_inputs(spec, grids, spec.projector_inputs if projector else spec.inputs)
+        return kept_inputs(found, grids, [item.kept for item in patches])
 
     def _embed(self, input_ids: Array) -> Array:
         embeds = self.session("embed_tokens").run({"input_ids": input_ids[None]}, ["inputs_embeds"])["inputs_embeds"]

@@ -139,7 +139,13 @@ def example(name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str
     if name in known:
         return known[name]
     total = sizes["past_length"] + sizes["sequence_length"]
-    dims = {**sizes, "num_patches": int(bounds[-1]), "num_merge_blocks": int(blocks), "total_length": total}
+    dims = {
+        **sizes,
+        "num_patches": int(bounds[-1]),
+        "num_merge_blocks": int(blocks),
+        "num_images": len(areas),
+        "total_length": total,
+    }
     size = [dims[dim] if isinstance(dim, str) else dim for dim in shape]
     if name == "attention_mask":
         return np.ones(size, np.int64)

@@ -159,7 +159,7 @@ def stage_columns(variant: Variant) -> dict[str, str]:
     embedded = [labels[role] for role in ("vision_encoder", "projector", "embed_tokens") if role in labels]
     everything = column_of(labels.values())
     columns = dict.fromkeys(
-        ("past", "prompt", "prefill", "argmax", "decode", "cache", "generation", "task"), everything
+        ("past", "prompt", "prefill", "argmax", "decode", "cache", "classes", "generation", "task"), everything
     )
     columns |= {"exact": everything, "pixels": everything}  # preprocessing is the same in all columns
     columns |= {"vision": column_of(tower), "projector": column_of(features), "embeddings": column_of(embedded)}

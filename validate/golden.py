@@ -31,6 +31,7 @@ __all__ = [
     "StageEntry",
     "Valid",
     "find_goldens",
+    "input_path",
     "load_golden",
     "request_messages",
 ]
@@ -241,15 +242,19 @@ def _rebuild_message(folder: Path, message: Any) -> dict[str, Any]:
 
 def _rebuild_part(folder: Path, part: dict[str, Any]) -> dict[str, Any]:
     if part.get("type") == "image":
-        return {**part, "image": _input(folder, part.get("image"))}
+        return {**part, "image": input_path(folder, part.get("image"))}
     if part.get("type") == "video":
         video = part.get("video")
         frames = isinstance(video, list)
-        return {**part, "video": [_input(folder, frame) for frame in video] if frames else _input(folder, video)}
+        return {
+            **part,
+            "video": [input_path(folder, frame) for frame in video] if frames else input_path(folder, video),
+        }
     return part
 
 
-def _input(folder: Path, name: Any) -> str:
+def input_path(folder: Path, name: Any) -> str:
+    """The whole path of an input. Raises InputError for one that is not below the folder's inputs/."""
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
     if len(parts) < 2 or parts[0] != "inputs" or ".." in parts:
         raise InputError(f"{folder / _FILE}: {name!r} is not a path below inputs/")

@@ -33,7 +33,7 @@ from .golden import AlternativeCase, Batch, Case, Generating, Golden, HashEntry,
 from .metrics import margins
 from .stages import run_stages
 
-__all__ = ["compare_golden"]
+__all__ = ["compare_golden", "compare_hash"]
 
 Array = NDArray[Any]
 Record = Comparison | NotCompared
@@ -141,7 +141,7 @@ def _compare_case(golden: Golden, name: str, case: Case, run: _Run, tie_margin: 
         if entry.stage != _IDS:  # the same as generated_ids of the JSON, which is compared below
             records.append(_compare_entry(name, entry, golden.tensors[entry.tensor], run.stages))
     for entry in case.hashes.values():
-        records += _compare_hash(name, entry, case.stages, run.stages)
+        records += compare_hash(name, entry, case.stages, run.stages)
     if case.prefill_argmax is not None:
         records.append(_compare_argmax(name, case.prefill_argmax, run.stages, tie_margin))
     records += _compare_generation(golden, name, case, case.stages, run, tie_margin)
@@ -223,7 +223,7 @@ def _compare_entry(sample: str, entry: StageEntry, reference: Array, stages: Map
     return compare(sample, entry.stage, kind, reference, candidate)
 
 
-def _compare_hash(
+def compare_hash(
     sample: str, entry: HashEntry, entries: Sequence[StageEntry], stages: Mapping[Key, Array]
 ) -> list[Record]:
     """The sha256 of pixels; the statistics of a stage whose tensor is not stored. Other hashes hold no news."""

@@ -21,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.encode import EncodeOptions, prepare_images
 from ..runtime.errors import PackageError
 from ..runtime.generate import GenerationOptions
 from ..runtime.model import Model
@@ -29,6 +30,7 @@ from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json, to_json
 from .compare import Comparison, StageRow, compare_ids, compare_logits, compare_tensors, stage_rows
 from .gates import Gate, GateTable
+from .images import run_images
 from .samples import draw_picture
 from .stages import run_stages
 
@@ -41,6 +43,7 @@ _FILE, _PICTURE = "selfcheck.json", "picture.png"
 _FOLDER = ("parity", "golden")
 _NUM_TOKENS = 8
 _KINDS = {"pixel_values": "pixels", "vision": "vision", "projector": "projector", "inputs_embeds": "embeddings"}
+_LOGITS = {"step_logits": "decode", "classes": "classes"}
 
 _FLOAT32 = (Gate("num_nonfinite", 0, "never right"), Gate("relative_l2", 1e-3, "other kernels, float32"))
 _LOW = (Gate("num_nonfinite", 0, "never right"), Gate("relative_l2", 0.05, "other kernels, rounded activations"))
@@ -52,7 +55,7 @@ def _column(tensors: tuple[Gate, ...], logits: tuple[Gate, ...]) -> Mapping[str,
     exact = (Gate("num_different", 0, "prompts, grids and positions are integer work"),)
     pixels = (Gate("max_abs", 0.0, "Pillow and numpy: the same to the bit"),)
     towers = dict.fromkeys(("vision", "projector", "embeddings"), tensors)
-    return {"exact": exact, "pixels": pixels, **towers, "decode": logits}
+    return {"exact": exact, "pixels": pixels, **towers, "decode": logits, "classes": logits}
 
 
 # The same box or another: not a measure of fidelity, so it has a table of its own with the columns that matter here.
@@ -154,8 +157,9 @@ def check_selfcheck(
 
 
 def _request(package: Package, folder: Path) -> tuple[dict[str, Any], ...]:
-    """The question, about a picture in `folder` where the package can see."""
-    content: list[dict[str, Any]] = [{"type": "text", "text": "Describe the picture."}]
+    """The question, about a picture in `folder` where the package can see; the picture alone where it cannot answer."""
+    answers = "decoder" in package.manifest.roles
+    content: list[dict[str, Any]] = [{"type": "text", "text": "Describe the picture."}] if answers else []
     if package.manifest.image is not None:
         draw_picture(20, 112, 84).save(folder / _PICTURE)
         content.insert(0, {"type": "image", "image": _PICTURE})
@@ -199,7 +203,7 @@ def _check_variant(package: Package, name: str, folder: Path, document: _Documen
     found, _ = _compute(package, name, document.messages, folder, stored.forced_ids)
     records = [_compare(name, stage, array, found.get(stage, np.zeros(0))) for stage, array in expected.items()]
     low = any(not graph.precision.startswith("fp32") for graph in package.variant(name).graphs.values())
-    columns = dict.fromkeys(("exact", *_KINDS.values(), "decode"), "int8" if low else "fp32")
+    columns = dict.fromkeys(("exact", *_KINDS.values(), *_LOGITS.values()), "int8" if low else "fp32")
     return stage_rows(records, SELFCHECK_GATES, columns)
 
 
@@ -212,6 +216,8 @@ def _compute(
 ) -> tuple[dict[str, Array], tuple[int, ...]]:
     """Stages of one variant, and the greedy ids of this run (or the given ones)."""
     with Model.load(package.path, name) as model:
+        if "decoder" not in model.manifest.roles:
+            return _compute_images(model, folder), ()
         prepared = model.prepare(messages, folder=folder)
         ids = forced_ids
         if ids is None:
@@ -230,11 +236,20 @@ def _compute(
     return arrays, ids
 
 
+def _compute_images(model: Model, folder: Path) -> dict[str, Array]:
+    """Stages of the picture, packed with itself."""
+    patches, _ = prepare_images(model.manifest.image, [folder / _PICTURE] * 2, EncodeOptions())
+    stages = run_images(model, patches)
+    arrays = {"pixel_values": np.concatenate([item.pixel_values for item in patches])}
+    arrays |= {"vision": stages.vision, "projector": stages.pooled}
+    return arrays if stages.logits is None else arrays | {"classes": stages.logits}
+
+
 def _compare(name: str, stage: str, expected: Array, found: Array) -> Comparison:
     if np.issubdtype(expected.dtype, np.integer):
         return compare_ids(name, stage, expected, found)
-    if stage == "step_logits":
-        return compare_logits(name, stage, "decode", expected, found)
+    if stage in _LOGITS:
+        return compare_logits(name, stage, _LOGITS[stage], expected, found)
     return compare_tensors(name, stage, _KINDS[stage], expected, found)
 
 
