@@ -25,16 +25,26 @@ from PIL import Image
 from ..runtime.errors import InputError
 from ..runtime.generate import Timings
 from ..runtime.image import load_image
-from ..runtime.manifest import ROLES
 from ..runtime.model import Model
 from ..runtime.package import Package
 from ..runtime.schema import to_json
 from .progress import Progress
 from .table import table
 
-__all__ = ["BenchReport", "Spread", "VariantSpeed", "add_arguments", "execute", "measure", "render"]
+__all__ = [
+    "RESULT",
+    "BenchReport",
+    "Spread",
+    "VariantSpeed",
+    "add_arguments",
+    "execute",
+    "measure",
+    "peak_memory",
+    "render",
+]
 
-_RESULT = Path("build", "bench.json")
+RESULT = Path("build", "bench.json")
+_NEEDED = ("vision_encoder", "projector", "embed_tokens", "decoder")
 _QUESTION = "Describe this image."
 _IMAGE_SIZE = (448, 336)  # pixels, width and height of the picture that stands in for --image
 
@@ -95,7 +105,11 @@ def execute(args: argparse.Namespace) -> int:
         raise InputError(
             f"--repeats {args.repeats} --max-new-tokens {args.max_new_tokens}: at least 1 and 2 are needed"
         )
-    missing = [role for role in ROLES if role not in package.manifest.roles]
+    if "decoder" not in package.manifest.roles:
+        from . import bench_images  # takes its figures from here
+
+        return bench_images.execute(package, args, _box())
+    missing = [role for role in _NEEDED if role not in package.manifest.roles]
     if missing:
         raise InputError(f"{package.path}: bench asks about an image, and the package has no {missing[0]}")
     image = _drawn_image() if args.image is None else load_image(args.image)
@@ -108,8 +122,8 @@ def execute(args: argparse.Namespace) -> int:
     report = BenchReport("vlmport-bench/1", str(package.path), _box(), args.repeats, image.size, variants)
     text = json.dumps(to_json(report), indent=2, ensure_ascii=False)
     print(text if args.json else render(report), flush=True)  # first: what took minutes is not lost to a full disk
-    _RESULT.parent.mkdir(parents=True, exist_ok=True)
-    _RESULT.write_text(text + "\n", encoding="utf-8")
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    RESULT.write_text(text + "\n", encoding="utf-8")
     return 0
 
 
@@ -146,7 +160,7 @@ def measure(path: Path, variant: str, image: Image.Image, max_new_tokens: int, r
         time_to_first_token=Spread.of(run.time_to_first_token for run in runs),
         prefill_speed=Spread.of(run.num_prompt_tokens / run.prefill for run in runs),
         decode_speed=Spread.of(run.tokens_per_second for run in runs),
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
     )
 
 
@@ -158,7 +172,7 @@ def _drawn_image() -> Image.Image:
     return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8), "RGB")
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The largest resident set this process has had, in bytes.
 
     Linux is asked by /proc, for getrusage there starts from the memory of the parent process.
@@ -201,7 +215,7 @@ def render(report: BenchReport) -> str:
     width, height = report.image_size
     note = (
         f"{width} x {height} image, {first.num_prompt_tokens} prompt tokens, {first.num_generated_tokens} generated; "
-        f"median of {report.repeats} (lowest-highest); also in {_RESULT}"
+        f"median of {report.repeats} (lowest-highest); also in {RESULT}"
     )
     return f"{table(header, rows, '<>>>>>>>')}\n{note}"
 

@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="variants (default: all, or the first of a package with --golden)",
     )
     parser.add_argument("--task", metavar="DIR", type=Path, help="with --reference: task folder, for exact match")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --reference: run the Python files of the checkpoint itself; they can do all that you can",
+    )
     parser.add_argument("--report", metavar="DIR", type=Path, default=_FOLDER, help=f"default: {_FOLDER}")
     parser.add_argument("--gates", metavar="FILE", type=Path, help="JSON that replaces limits of the built-in table")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -49,12 +54,14 @@ def execute(args: argparse.Namespace) -> int:
     variants = tuple(package.variant(name).name for name in dict.fromkeys(args.variant or default))
     if args.task is not None and args.reference is None:
         raise InputError("--task: answers are compared with those of a reference; add --reference CHECKPOINT")
+    if args.trust_remote_code and args.reference is None:
+        raise InputError("--trust-remote-code: runs the code of a reference; add --reference CHECKPOINT")
     gates = DEFAULT_GATES if args.gates is None else load_gates(args.gates)
     with Progress("validate") as progress:
         if args.golden is not None:
             report = _golden(package, args.golden, variants, gates, progress)
         else:
-            report = _reference(package, args.reference, args.task, variants, gates, progress)
+            report = _reference(package, args, variants, gates, progress)
     if report is None:
         print(f"FAIL: no golden folder in {args.golden} belongs to the checkpoint that {package.path} was made from")
         return 1
@@ -91,20 +98,38 @@ def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, p
 
 
 def _reference(
-    package: Package, checkpoint: Path, folder: Path | None, variants: Sequence[str], gates: Any, progress: Progress
+    package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress
 ) -> Report:
     from ..validate.reference import load_reference  # needs torch and transformers
     from ..validate.run import validate_reference
     from ..validate.samples import built_in_samples
     from ..validate.tasks import load_task, task_samples
 
+    checkpoint, folder = args.reference, args.task
+    if "decoder" not in package.manifest.roles:
+        if folder is not None:
+            raise InputError(f"--task: {package.path} has no decoder, so it answers no questions; leave it out")
+        if args.trust_remote_code:
+            raise InputError("--trust-remote-code: this package is compared with modules of its family; leave it out")
+        return _images_reference(package, checkpoint, variants, gates, progress)
     task = None if folder is None else load_task(folder)
     if task is None or folder is None:
         samples = built_in_samples(package.manifest)
     else:
         samples = task_samples(task, folder)
-    reference = load_reference(checkpoint)
+    reference = load_reference(checkpoint, trust_remote_code=args.trust_remote_code)
     return validate_reference(package, checkpoint, reference, samples, task, variants, gates, progress)
+
+
+def _images_reference(
+    package: Package, checkpoint: Path, variants: Sequence[str], gates: Any, progress: Progress
+) -> Report:
+    from ..validate.images import built_in_images
+    from ..validate.reference import load_image_reference
+    from ..validate.run import validate_images
+
+    reference = load_image_reference(checkpoint)
+    return validate_images(package, checkpoint, reference, built_in_images(), variants, gates, progress)
 
 
 def _render_variant(variant: VariantReport) -> str:

@@ -112,7 +112,8 @@ class FamilySpec:
     normalise: Callable[[str], str]  # tensor name in a file -> the one name the family uses
     unused: Callable[[Json, str], bool]  # normalised tensor names that are left out on purpose
     tiny_config: Json  # a config.json small enough for tests
-    reference: str | None = None  # module beside the family that adapts the upstream class for `validate`
+    reference: str | None = None  # module beside the family that adapts transformers' class; None: own modules
+    remote: str | None = None  # the same for the Python files that checkpoints bring, run where the user trusts them
 
 
 def families() -> tuple[str, ...]:

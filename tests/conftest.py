@@ -1,7 +1,9 @@
 """Packages that many tests read. Exported once a run, shared by all workers; a test that changes one copies it
 first."""
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -34,17 +36,24 @@ def package_tiny_b(shared_folder: Path) -> Path:
     return exported(GOLDENS / "qwen2_5_vl" / "tiny_b", shared_folder)
 
 
+@pytest.fixture(scope="session")
+def package_of(shared_folder: Path) -> Callable[[Path], Path]:
+    """Package of any golden checkpoint with fp32, int8 and int4."""
+    return functools.partial(exported, folder=shared_folder)
+
+
 def exported(checkpoint: Path, folder: Path) -> Path:
     import fcntl
 
     from vlmport.export.build import export_checkpoint
     from vlmport.quant.recipe import load_recipe
 
-    package = folder / f"package-{checkpoint.name}"
-    with (folder / f"{checkpoint.name}.lock").open("w") as lock:
+    name = f"{checkpoint.parent.name}-{checkpoint.name}"
+    package = folder / f"package-{name}"
+    with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the first worker exports, the others wait for it
         if not package.exists():
-            staged = folder / f"staged-{checkpoint.name}"
+            staged = folder / f"staged-{name}"
             export_checkpoint(checkpoint, staged, [load_recipe(name) for name in RECIPES])
             staged.rename(package)
     return package

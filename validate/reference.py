@@ -22,10 +22,18 @@ from ..runtime.model import Model
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
 from .compare import Comparison, NotCompared, compare_generation, compare_ids, compare_logits, compare_tensors
+from .images import ImageReference
 from .samples import Sample
 from .stages import logits_without_cache, run_stages
 
-__all__ = ["ReferenceModel", "ReferenceRun", "compare_sample", "load_reference", "run_reference"]
+__all__ = [
+    "ReferenceModel",
+    "ReferenceRun",
+    "compare_sample",
+    "load_image_reference",
+    "load_reference",
+    "run_reference",
+]
 
 Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]
@@ -34,18 +42,22 @@ Progress = Callable[[int, int, str], None]
 class ReferenceModel(Protocol):
     """One checkpoint of any family in PyTorch, float32. Families give it by `load(folder)`."""
 
+    origin: str  # whose code it is, for the report
     video_rule: str | None  # the rule of runtime.positions that it follows; None where there is only one
 
-    def pixels(self, images: Sequence[Image.Image]) -> tuple[Array, Array]:
-        """Its own image processor: pixel_values [P, patch_dim], grids [n, 3]."""
+    def pixels(self, images: Sequence[Image.Image]) -> tuple[Array, Array] | None:
+        """Its own image processor: pixel_values [P, patch_dim], grids [n, 3]; None where it has none."""
         ...
 
     def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
         """Vision encoder [P, C] in natural patch order, and the rows that replace placeholders [R, D]."""
         ...
 
-    def prefill(self, prepared: Prepared) -> tuple[Array, Array, Array]:
-        """Starts a prompt: logits [S, V], inputs_embeds [S, D], position_ids as the runtime shapes them."""
+    def prefill(self, prepared: Prepared) -> tuple[Array, Array, Array | None]:
+        """Starts a prompt: logits [S, V], inputs_embeds [S, D], position_ids as the runtime shapes them.
+
+        None where it finds no positions by itself but takes those of `prepared`.
+        """
         ...
 
     def step(self, token_id: int) -> Array:
@@ -67,18 +79,34 @@ class ReferenceRun:
             return {name: stored[name] for name in stored.files}
 
 
-def load_reference(folder: Path) -> ReferenceModel:
-    """The checkpoint by the adapter that its family names. Raises CheckpointError."""
+def load_reference(folder: Path, *, trust_remote_code: bool = False) -> ReferenceModel:
+    """The checkpoint by the adapter that its family names, or where there is none by the family's own modules.
+
+    `trust_remote_code` runs the Python files of the checkpoint itself in place of both. Raises CheckpointError.
+    """
     from ..export.checkpoint import Checkpoint  # torch is needed from here on, and only by this command
     from ..export.family import family_of
+    from .eager import EagerReference
 
     checkpoint = Checkpoint.open(folder)
     family = family_of(checkpoint.config, folder / "config.json")
-    if family.reference is None:
-        raise CheckpointError(f"{folder}: family {family.name} has no reference; compare with --golden instead")
-    adapter = importlib.import_module(f"..export.families.{family.reference}", __package__)
-    reference: ReferenceModel = adapter.load(folder)
+    adapter = family.remote if trust_remote_code else family.reference
+    if adapter is None and trust_remote_code:
+        raise CheckpointError(f"{folder}: no code of its own is known for {family.name}; leave out --trust-remote-code")
+    if adapter is None:
+        return EagerReference(checkpoint, family)
+    reference: ReferenceModel = importlib.import_module(f"..export.families.{adapter}", __package__).load(folder)
     return reference
+
+
+def load_image_reference(folder: Path) -> ImageReference:
+    """The checkpoint of a package without a decoder by its family's own modules. Raises CheckpointError."""
+    from ..export.checkpoint import Checkpoint
+    from ..export.family import family_of
+    from .eager_images import EagerImages
+
+    checkpoint = Checkpoint.open(folder)
+    return EagerImages(checkpoint, family_of(checkpoint.config, folder / "config.json"))
 
 
 def run_reference(
@@ -101,11 +129,13 @@ def run_reference(
         arrays: dict[str, Array] = {}
         if number < num_detailed and prepared.visuals:
             arrays["vision"], arrays["projector"] = reference.vision(prepared.visuals)
-        if number < num_detailed and (images := _stills(sample)):
-            arrays["pixel_values"], arrays["image_grid_thw"] = reference.pixels(images)
+        own = reference.pixels(images) if number < num_detailed and (images := _stills(sample)) else None
+        if own is not None:
+            arrays["pixel_values"], arrays["image_grid_thw"] = own
         logits, embeds, positions = reference.prefill(prepared)
         if number < num_detailed:
-            arrays |= {"prefill_logits": logits, "inputs_embeds": embeds, "position_ids": positions}
+            arrays |= {"prefill_logits": logits, "inputs_embeds": embeds}
+            arrays |= {} if positions is None else {"position_ids": positions}
         ids, steps = _greedy(reference, logits[-1], sample, eos)
         file = folder / f"{number}.npz"
         arrays["step_logits"] = steps
@@ -123,7 +153,10 @@ def compare_sample(model: Model, run: ReferenceRun, tie_margin: float) -> list[C
     stages = run_stages(model, prepared, forced)
     records: list[Comparison | NotCompared] = []
     records += _compare_pixels(name, prepared, arrays)
-    records.append(compare_ids(name, "position_ids", arrays["position_ids"], prepared.position_ids))
+    if "position_ids" in arrays:
+        records.append(compare_ids(name, "position_ids", arrays["position_ids"], prepared.position_ids))
+    else:
+        records.append(NotCompared(name, "position_ids", "the reference takes the runtime's"))
     if stages.vision is not None and stages.features is not None:
         records.append(compare_tensors(name, "vision", "vision", arrays["vision"], stages.vision))
         records.append(compare_tensors(name, "projector", "projector", arrays["projector"], stages.features))
@@ -148,6 +181,8 @@ def _compare_pixels(name: str, prepared: Prepared, arrays: Mapping[str, Array]) 
         pixels = np.concatenate([patches.pixel_values for patches in prepared.images])
         records.append(compare_ids(name, "image_grid_thw", arrays["image_grid_thw"], grids))
         records.append(compare_tensors(name, "pixel_values", "pixels", arrays["pixel_values"], pixels))
+    elif prepared.images:
+        records.append(NotCompared(name, "pixel_values", "the reference has no image processor of its own for them"))
     if prepared.videos:
         records.append(NotCompared(name, "pixel_values of clips", "the reference's video processor needs torchvision"))
     return records

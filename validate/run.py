@@ -13,12 +13,13 @@ from .compare import Comparison, NotCompared, StageRow, stage_columns, stage_row
 from .gates import GateTable, judge
 from .golden import Golden
 from .golden_compare import compare_golden
+from .images import ImageReference, ImageSample, compare_image_golden, compare_image_sample
 from .reference import ReferenceModel, ReferenceRun, compare_sample, run_reference
 from .report import Report, TaskScore, VariantReport, manifest_sha256, versions, worst_examples
 from .samples import Sample
 from .tasks import Answer, Task, ask, score
 
-__all__ = ["made_from", "validate_golden", "validate_reference"]
+__all__ = ["made_from", "validate_golden", "validate_images", "validate_reference"]
 
 Progress = Callable[[int, int, str], None]
 _NUM_DETAILED = 8  # items of a task that are compared at every stage; all are at their answers
@@ -47,7 +48,10 @@ def validate_golden(
                 return loaded[rule]
 
             for golden in goldens:
-                records += compare_golden(golden, load, gates.tie_margin[columns["generation"]], progress)
+                if "decoder" in package.manifest.roles:
+                    records += compare_golden(golden, load, gates.tie_margin[columns["generation"]], progress)
+                else:
+                    records += compare_image_golden(golden, load(None))
             provider = _provider(load(None))
         rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
         reports.append(_variant_report(package, name, records, rows, started))
@@ -85,9 +89,36 @@ def validate_reference(
             if scored is not None:
                 rows += (_task_row(scored, gates, columns["task"]),)
             reports.append(_variant_report(package, name, records, rows, started, scored))
-    about = {"checkpoint": checkpoint.name, "positions": rule or "one rule only"}
+    about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
     if task is not None:
         about["task"] = task.name
+    return _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
+
+
+def validate_images(
+    package: Package,
+    checkpoint: Path,
+    reference: ImageReference,
+    samples: Sequence[ImageSample],
+    variants: Sequence[str],
+    gates: GateTable,
+    progress: Progress,
+) -> Report:
+    """The same for a package without a decoder: embeddings and class scores of images."""
+    reports: list[VariantReport] = []
+    provider = ""
+    for name in variants:
+        started = time.perf_counter()
+        records: list[Comparison | NotCompared] = []
+        with Model.load(package.path, name) as model:
+            for number, sample in enumerate(samples):
+                progress(number, len(samples), f"{name}, {sample.id}")
+                records += compare_image_sample(model, sample, reference)
+            provider = _provider(model)
+        columns = stage_columns(package.variant(name))
+        rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
+        reports.append(_variant_report(package, name, records, rows, started))
+    about = {"checkpoint": checkpoint.name, "code": reference.origin}
     return _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
 
 

@@ -58,6 +58,7 @@ def load(folder: Path) -> "Reference":
 class Reference:
     """One checkpoint in PyTorch, float32; a prompt at a time."""
 
+    origin = "transformers"
     video_rule = "transformers-5.23"  # what the installed transformers computes; a rule of runtime/positions.py
 
     def __init__(self, model: Any, folder: Path) -> None:

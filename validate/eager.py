@@ -1,0 +1,123 @@
+"""A reference for families that transformers does not have: the family's own modules in eager PyTorch, float32.
+
+What ties these modules to upstream is the family's golden cases; what this ties to them is a package: the graphs as
+traced, lowered, stored and run. Dims: S prompt tokens, P patches, C vision width, R visual rows, V vocabulary.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..export.checkpoint import Checkpoint, CheckpointSource, resolve
+from ..export.family import FamilySpec, RoleSpec
+from ..runtime.errors import CheckpointError
+from ..runtime.image import Patches
+from ..runtime.manifest import VisionSpec
+from ..runtime.prepare import Prepared
+from ..runtime.vision_inputs import vision_inputs
+
+__all__ = ["EagerReference", "eager_modules"]
+
+Array = NDArray[Any]
+
+
+def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch.nn.Module]:
+    """The modules of each role with the checkpoint's weights, float32. Raises CheckpointError as an export does."""
+    roles = family.roles(checkpoint.config)
+    modules = {name: role.build().eval() for name, role in roles.items()}
+    parameters = {
+        f"{name}/{parameter}": values
+        for name, module in modules.items()
+        for parameter, values in module.named_parameters()
+    }
+    shapes = {key: tuple(values.shape) for key, values in parameters.items()}
+    wanted = {
+        f"{name}/{parameter}": role.tensor(parameter, shapes[f"{name}/{parameter}"])
+        for name, role in roles.items()
+        for parameter, _ in modules[name].named_parameters()
+    }
+    stored = resolve(checkpoint, wanted, family.normalise, lambda name: family.unused(checkpoint.config, name))
+    source = CheckpointSource(stored, shapes)
+    for key, values in parameters.items():
+        rows = source.rows(key, 0, shapes[key][0])
+        values.data.copy_(torch.from_numpy(rows.reshape(shapes[key])))
+    return modules
+
+
+class EagerReference:
+    """A ReferenceModel of any family with a decoder."""
+
+    origin = "the family's own modules in PyTorch, tied to upstream by golden cases"
+    video_rule: str | None = None
+
+    def __init__(self, checkpoint: Checkpoint, family: FamilySpec) -> None:
+        """Raises CheckpointError for what does not fit, or where the family generates no text."""
+        self._roles: Mapping[str, RoleSpec] = family.roles(checkpoint.config)
+        if "decoder" not in self._roles:
+            raise CheckpointError(f"{checkpoint.path}: family {family.name} has no decoder, so there are no answers")
+        self._vision = family.manifest(checkpoint.config, checkpoint.documents).vision
+        self._modules = eager_modules(checkpoint, family)
+        self._cache: list[torch.Tensor] = []
+        self._rope_delta = 0
+
+    def pixels(self, images: Sequence[Image.Image]) -> None:
+        """None: upstream's image processor is not here, so there are no pixels to compare with."""
+        del images
+
+    @torch.inference_mode()
+    def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
+        """Encoder output [P, C], and the rows that replace placeholders [R, D], of all visuals in one call."""
+        pixels = torch.from_numpy(np.concatenate([item.pixel_values for item in patches]))
+        grids = [item.grid for item in patches]
+        hidden = self._run("vision_encoder", {"pixel_values": pixels}, grids)
+        if "projector" not in self._modules:
+            return hidden.numpy(), hidden.numpy()
+        return hidden.numpy(), self._run("projector", {"vision_features": hidden}, grids).numpy()
+
+    @torch.inference_mode()
+    def prefill(self, prepared: Prepared) -> tuple[Array, Array, None]:
+        """Starts a prompt: logits of the tokens that the decoder sees, inputs_embeds [S, D]. Positions are as given."""
+        ids = torch.from_numpy(np.asarray(prepared.input_ids, np.int64))[None]
+        embeds = self._modules["embed_tokens"](ids)[0].numpy().copy()
+        if prepared.visuals:
+            rows = iter(self.vision(prepared.visuals)[1])
+            for run in prepared.runs:
+                for place in range(run.start, run.start + run.length):
+                    embeds[place] = next(rows)
+        ports = [port for port in self._roles["decoder"].inputs if port.name.startswith("past_key_values.")]
+        self._cache = [torch.zeros(1, int(port.shape[1]), 0, int(port.shape[3])) for port in ports]
+        self._rope_delta = prepared.rope_delta
+        logits = self._decode(prepared.seen(embeds), prepared.seen_positions)
+        return logits, embeds, None
+
+    @torch.inference_mode()
+    def step(self, token_id: int) -> Array:
+        """Logits [V] after one more token, through the cache."""
+        embeds = self._modules["embed_tokens"](torch.tensor([[token_id]]))[0].numpy()
+        axes = self._roles["decoder"].inputs[2].shape[:-2]
+        place = self._cache[0].shape[2] + self._rope_delta
+        return self._decode(embeds, np.full((*map(int, axes), 1), place, np.int64))[-1]
+
+    def _run(self, role: str, known: Mapping[str, torch.Tensor], grids: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+        """A role of the vision side; inputs that are not known are index inputs of the grids."""
+        names = [port.name for port in self._roles[role].inputs]
+        missing = [name for name in names if name not in known]
+        spec = self._vision or VisionSpec(inputs=(), merge_size=1, window_blocks=0)
+        indices = {name: torch.from_numpy(array) for name, array in vision_inputs(spec, grids, missing).items()}
+        return self._modules[role](*({**known, **indices}[name] for name in names))
+
+    def _decode(self, embeds_SD: Array, positions: Array) -> Array:
+        """Adds rows to the cache; logits of all of them, float32 [S, V]."""
+        total = self._cache[0].shape[2] + len(embeds_SD)
+        logits, *self._cache = self._modules["decoder"](
+            torch.from_numpy(embeds_SD)[None],
+            torch.ones(1, total, dtype=torch.int64),
+            torch.from_numpy(np.ascontiguousarray(positions)).unsqueeze(-2),
+            torch.tensor([0]),
+            self._cache,
+        )
+        return logits[0].numpy()
