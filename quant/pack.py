@@ -69,7 +69,8 @@ def pack_zero_points(zero_points_NB: Uint8, format: WeightFormat) -> Uint8:
 
 
 def _pairs(codes_NK: Uint8) -> Uint8:
-    return codes_NK[:, 0::2] + codes_NK[:, 1::2] * np.uint8(16)
+    both = np.ascontiguousarray(codes_NK).view("<u2")  # the first code in the low byte, the second in the high one
+    return (both | both >> 4).astype(np.uint8)
 
 
 def _row_bytes(num_values: int, bits: int) -> int:

@@ -21,6 +21,7 @@ Uint8 = npt.NDArray[np.uint8]
 
 # Blocks with a smaller scale are stored as zeros: float kernels flush subnormals to zero anyway.
 _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+_STRIP = 1 << 18  # values at work at once: a megabyte of float32 stays in a core's cache
 
 
 def num_blocks(num_columns: int, block_size: int) -> int:
@@ -39,21 +40,49 @@ def quantize_rows(
     does not fit `scale_dtype`.
     """
     N, K = W_NK.shape
-    B = num_blocks(K, format.block_size)
-    padded_NK = np.zeros((N, B * format.block_size), np.float32)
-    padded_NK[:, :K] = W_NK  # the zeros beyond K do not widen a range that holds 0 anyway
-    values_NBS = padded_NK.reshape(N, B, format.block_size)
-    low_NB = np.minimum(_by_halves(values_NBS, np.minimum), 0).astype(np.float64)
-    high_NB = np.maximum(_by_halves(values_NBS, np.maximum), 0).astype(np.float64)
-    if not (np.isfinite(low_NB).all() and np.isfinite(high_NB).all()):
+    B, S = num_blocks(K, format.block_size), format.block_size
+    codes_NK = np.empty((N, B * S), np.uint8)
+    scale_NB = np.empty((N, B), np.float32)
+    zero_NB = np.empty((N, B), np.uint8)
+    step = max(1, _STRIP // (B * S))
+    for rows in (slice(start, start + step) for start in range(0, N, step)):
+        _quantize_strip(W_NK[rows], format, scale_dtype, name, codes_NK[rows], scale_NB[rows], zero_NB[rows])
+    return codes_NK, scale_NB, zero_NB
+
+
+def _quantize_strip(
+    W_NK: Float32,
+    format: WeightFormat,
+    scale_dtype: str,
+    name: str,
+    codes_NK: Uint8,
+    scale_NB: Float32,
+    zero_NB: Uint8,
+) -> None:
+    """Quantizes rows that fit the caches into the three arrays.
+
+    It works on blocks as columns, [S, N * B]: numpy's loops then run over all blocks at once, not over the few values
+    of one, which is twice as fast, the two transpositions included.
+    """
+    (N, K), B, S = W_NK.shape, scale_NB.shape[1], format.block_size
+    whole_NK = W_NK
+    if B * S != K:
+        whole_NK = np.zeros((N, B * S), np.float32)
+        whole_NK[:, :K] = W_NK  # the zeros beyond K do not widen a range that holds 0 anyway
+    values = np.empty((S, N * B), np.float32)
+    np.copyto(values, whole_NK.reshape(N * B, S).T)
+    low = np.minimum(np.minimum.reduce(values), 0).astype(np.float64)
+    high = np.maximum(np.maximum.reduce(values), 0).astype(np.float64)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise CheckpointError(f"{name}: holds NaN or infinity, which cannot be quantized; mend the checkpoint")
-    scale_NB, zero_NB = _scales(low_NB, high_NB, format, scale_dtype, name)
-    # The steps work in place: a chunk of rows costs one float32 copy of itself, not five.
-    np.divide(values_NBS, scale_NB[:, :, None], out=values_NBS)
-    np.rint(values_NBS, out=values_NBS)
-    np.add(values_NBS, zero_NB[:, :, None], out=values_NBS)
-    np.clip(values_NBS, 0, 2**format.bits - 1, out=values_NBS)
-    return padded_NK.astype(np.uint8), scale_NB, zero_NB.astype(np.uint8)
+    scale, zero = _scales(low, high, format, scale_dtype, name)
+    np.divide(values, scale, out=values)
+    np.rint(values, out=values)
+    np.add(values, zero, out=values)
+    np.clip(values, 0, 2**format.bits - 1, out=values)
+    np.copyto(codes_NK.reshape(N * B, S), values.astype(np.uint8).T)
+    scale_NB[:] = scale.reshape(N, B)
+    zero_NB[:] = zero.astype(np.uint8).reshape(N, B)
 
 
 def dequantize_rows(codes_NK: Uint8, scales_NB: Float32, zero_points_NB: Uint8, num_columns: int) -> Float32:
@@ -64,43 +93,36 @@ def dequantize_rows(codes_NK: Uint8, scales_NB: Float32, zero_points_NB: Uint8, 
     return values_NBS.reshape(N, -1)[:, :num_columns]
 
 
-def _by_halves(values_NBS: Float32, choose: np.ufunc) -> Float32:
-    """The minimum or maximum of each block, [N, B]; three times faster than a reduction over such a short axis."""
-    while values_NBS.shape[2] > 1:
-        half = values_NBS.shape[2] // 2
-        values_NBS = choose(values_NBS[:, :, :half], values_NBS[:, :, half:])
-    return values_NBS[:, :, 0]
-
-
 def _scales(
-    low_NB: npt.NDArray[np.float64],
-    high_NB: npt.NDArray[np.float64],
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64],
     format: WeightFormat,
     scale_dtype: str,
     name: str,
 ) -> tuple[Float32, Float32]:
-    """Scales and zero points (both float32 [N, B]) whose codes reach from low to high."""
+    """Scales and zero points (both float32) of blocks whose codes reach from low to high."""
     top = 2**format.bits - 1
     middle = 2 ** (format.bits - 1)
     if format.symmetric:
-        exact_NB = np.maximum(-low_NB / middle, high_NB / (middle - 1))
+        exact = np.maximum(-low / middle, high / (middle - 1))
     else:
-        exact_NB = (high_NB - low_NB) / top
-    if exact_NB.size and exact_NB.max() > np.finfo(scale_dtype).max:
-        raise RecipeError(f"{name}: a scale of {exact_NB.max():.3g} does not fit {scale_dtype}; keep it in float")
-    scale_NB = _round_up(exact_NB, scale_dtype)
-    is_zero_NB = exact_NB < _SMALLEST_SCALE
-    scale_NB[is_zero_NB] = 1.0
+        exact = (high - low) / top
+    if exact.size and exact.max() > np.finfo(scale_dtype).max:
+        raise RecipeError(f"{name}: a scale of {exact.max():.3g} does not fit {scale_dtype}; keep it in float")
+    scale = _round_up(exact, scale_dtype)
+    is_zero = exact < _SMALLEST_SCALE
+    scale[is_zero] = 1.0
     if format.symmetric:
-        return scale_NB, np.full_like(scale_NB, middle)
-    zero_NB = np.rint(-low_NB / scale_NB)
-    zero_NB[is_zero_NB] = 0
-    return scale_NB, np.clip(zero_NB, 0, top).astype(np.float32)
+        return scale, np.full_like(scale, middle)
+    zero = np.rint(-low / scale)
+    zero[is_zero] = 0
+    return scale, np.clip(zero, 0, top).astype(np.float32)
 
 
-def _round_up(exact_NB: npt.NDArray[np.float64], dtype: str) -> Float32:
+def _round_up(exact: npt.NDArray[np.float64], dtype: str) -> Float32:
     """To the next value of `dtype`: a scale that rounds down would clip the ends of its block."""
-    rounded_NB = exact_NB.astype(dtype)
-    short_NB = rounded_NB.astype(np.float64) < exact_NB
-    rounded_NB[short_NB] = np.nextafter(rounded_NB[short_NB], np.array(np.inf, dtype))
-    return rounded_NB.astype(np.float32)
+    rounded = exact.astype(dtype)
+    short = rounded.astype(np.float64) < exact
+    # Numbers above zero stand in the order of their bits, so the next one is one further.
+    rounded.view(f"u{rounded.itemsize}")[:] += short
+    return rounded.astype(np.float32)

@@ -1,5 +1,7 @@
 """Round to nearest: bounds, equality over chunks, and values that break careless code."""
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -117,3 +119,22 @@ def test_half_float_scales_keep_the_bound(weight: np.ndarray, format: WeightForm
 def test_a_scale_beyond_half_floats_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"big: a scale of .* does not fit float16"):
         quantize_rows(np.full((1, 16), 1e38, np.float32), WeightFormat(bits=4), scale_dtype="float16", name="big")
+
+
+@pytest.mark.parametrize(
+    ("bits", "block_size", "symmetric", "scale_dtype", "expected"),
+    [
+        (4, 32, False, "float32", "f78a75d0e060276c"),
+        (4, 128, True, "float16", "3f12102594fabdb8"),
+        (8, 32, False, "float32", "e39b022ce0855bda"),
+        (8, 64, True, "float16", "64253832951d8253"),
+    ],
+)
+def test_codes_are_what_they_were(bits: int, block_size: int, symmetric: bool, scale_dtype: str, expected: str) -> None:
+    """A package that is quantized later has to have the bytes of one that was exported with the recipe."""
+    steps = np.arange(4000 * 102, dtype=np.int64).reshape(4000, 102)  # more than one strip
+    weight = ((steps * 2654435761 % 65521 - 32760) / 32768).astype(np.float32)
+    weight[:, 64:] *= 2.0**-20
+    weight[7] = 0
+    arrays = quantize_rows(weight, WeightFormat(bits, block_size, symmetric), scale_dtype=scale_dtype)
+    assert hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:16] == expected
