@@ -30,7 +30,10 @@ OPTIONS = {
         *("--max-new-tokens", "--stop", "--cache-length", "--max-pixels", "--fps"),
         *("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--threads"),
     ],
-    "validate": ["PACKAGE", "--reference", "--golden", "--variant", "--task", "--report", "--gates", "--json"],
+    "validate": [
+        *("PACKAGE", "--reference", "--golden", "--variant", "--task", "--trust-remote-code"),
+        *("--report", "--gates", "--json"),
+    ],
     "verify": ["PACKAGE", "--variant", "--json"],
     "inspect": ["PACKAGE", "--json"],
     "bench": ["PACKAGE", "--variant", "--image", "--max-new-tokens", "--repeats", "--json"],

@@ -41,6 +41,7 @@ from ..text_config import check_activation, eos_token_ids, is_tied, read_decoder
 
 __all__ = [
     "FAMILY",
+    "PROTECTED",
     "decoder_config",
     "manifest",
     "manifest_parts",

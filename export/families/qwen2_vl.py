@@ -19,7 +19,7 @@ from ..roles import packed_vision_role, projector_role
 from ..text_config import check_activation
 from .qwen2_5_vl import manifest_parts, normalise, patch_geometry, text_roles, unused, vision_frequencies
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "INDEX_INPUTS", "VISION_EPS", "VisionConfig", "VisionEncoder", "vision_config"]
 
 MODEL_TYPE = "qwen2_vl"
 INDEX_INPUTS = ("patch_positions", "cu_seqlens")
