@@ -20,10 +20,10 @@ STAMP      := $(VENV)/.installed
 PIP        := $(BIN)/python -m pip --disable-pip-version-check -qq install
 VLMPORT    := $(BIN)/vlmport
 
-.PHONY: help export validate bench test test-slow test-gpu bench-gpu coverage lint readme format clean
+.PHONY: help export validate bench bench-smoke test test-slow test-gpu bench-gpu coverage lint readme format clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-11s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo 'Variables: CHECKPOINT PACKAGE RECIPES="$(RECIPES)" TARGET=$(TARGET) QUESTIONS=$(QUESTIONS) PYTHON VENV EXTRAS WORKERS'
 
@@ -52,8 +52,15 @@ endif
 validate: $(STAMP) ## compare PACKAGE with CHECKPOINT, stage by stage
 	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --report build/report
 
-bench: $(STAMP) ## time and memory of PACKAGE on this box
+bench: $(STAMP) ## time and memory of PACKAGE on this box; with SHAPE=3b or 7b, of that shape from export to decode
+ifdef SHAPE
+	$(BIN)/python -m benchmarks run $(SHAPE) $(PARTS)
+else
 	$(VLMPORT) bench $(PACKAGE)
+endif
+
+bench-smoke: $(STAMP) ## the same table of a shape of 100 million parameters, under a minute on 2 cores
+	$(BIN)/python -m benchmarks run 100m --smoke
 
 test: $(STAMP) ## the tests: offline, on the CPU, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n $(WORKERS)

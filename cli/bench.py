@@ -37,6 +37,8 @@ __all__ = [
     "Spread",
     "VariantSpeed",
     "add_arguments",
+    "box",
+    "drawn_image",
     "execute",
     "measure",
     "peak_memory",
@@ -108,18 +110,18 @@ def execute(args: argparse.Namespace) -> int:
     if "decoder" not in package.manifest.roles:
         from . import bench_images  # takes its figures from here
 
-        return bench_images.execute(package, args, _box())
+        return bench_images.execute(package, args, box())
     missing = [role for role in _NEEDED if role not in package.manifest.roles]
     if missing:
         raise InputError(f"{package.path}: bench asks about an image, and the package has no {missing[0]}")
-    image = _drawn_image() if args.image is None else load_image(args.image)
+    image = drawn_image(*_IMAGE_SIZE) if args.image is None else load_image(args.image)
     names = [package.variant(args.variant).name] if args.variant else list(package.manifest.variants)
     variants: dict[str, VariantSpeed] = {}
     with Progress("bench") as progress:
         for done, name in enumerate(names):
             progress(done, len(names), name)
             variants[name] = _in_own_process(package.path, name, image, args.max_new_tokens, args.repeats)
-    report = BenchReport("vlmport-bench/1", str(package.path), _box(), args.repeats, image.size, variants)
+    report = BenchReport("vlmport-bench/1", str(package.path), box(), args.repeats, image.size, variants)
     text = json.dumps(to_json(report), indent=2, ensure_ascii=False)
     print(text if args.json else render(report), flush=True)  # first: what took minutes is not lost to a full disk
     RESULT.parent.mkdir(parents=True, exist_ok=True)
@@ -164,9 +166,8 @@ def measure(path: Path, variant: str, image: Image.Image, max_new_tokens: int, r
     )
 
 
-def _drawn_image() -> Image.Image:
-    """A fixed picture with edges and gradients. Times depend on its size alone."""
-    width, height = _IMAGE_SIZE
+def drawn_image(width: int, height: int) -> Image.Image:
+    """A picture with edges and gradients. Times depend on its size alone."""
     x, y = np.meshgrid(np.arange(width), np.arange(height))
     bands = [(x * 255 // width), (y * 255 // height), ((x // 28 + y // 28) % 2 * 255)]
     return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8), "RGB")
@@ -184,7 +185,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
 
 
-def _box() -> dict[str, str]:
+def box() -> dict[str, str]:
     """What the figures depend on."""
     return {
         "machine": platform.machine(),

@@ -24,6 +24,7 @@ _FOLDERS = {
     "export/lower": "semantic operators -> what a target runs best, one pass each",
     "validate": "reference against package, stage by stage",
     "cli": "the command line, one file a command",
+    "benchmarks": "measurements at the shapes of published models, on checkpoints of random weights",
     "examples/receipts": "the demo: a maker of receipts, a training script, a small checkpoint",
 }
 _OTHERS = {

@@ -1,0 +1,101 @@
+"""`python -m benchmarks make | run | render`: a random checkpoint, a measurement of it, the tables as Markdown."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from vlmport.runtime.errors import InputError, VlmportError
+from vlmport.runtime.schema import SchemaError, from_json, to_json
+
+from .checkpoint import make_checkpoint
+from .plan import PARTS, Plan, smoke_plan
+from .process import Memory
+from .shapes import load_shape, shape_names
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        return {"make": _make, "run": _run, "render": _render}[args.command](args)
+    except (VlmportError, SchemaError) as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        print(f"benchmarks: error: {' '.join(error.cmd)} failed:\n{error.output}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make", help="write a checkpoint of random weights")
+    make.add_argument("shape", metavar="SHAPE", help=", ".join(shape_names()))
+    make.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True)
+    make.add_argument("--seed", metavar="N", type=int, default=0)
+    make.add_argument("--json", action="store_true", help="print JSON")
+    measured = commands.add_parser("run", help="measure a shape; writes DIR/bench-SHAPE.json")
+    measured.add_argument("shape", metavar="SHAPE", help=", ".join(shape_names()))
+    measured.add_argument("--folder", metavar="DIR", type=Path, default=Path("build"), help="default: build")
+    measured.add_argument("--checkpoint", metavar="DIR", type=Path, help="default: DIR/bench/checkpoints/SHAPE")
+    measured.add_argument("--recipe", metavar="R", nargs="+", help="default: int4 int8")
+    measured.add_argument("--parts", metavar="PART", nargs="+", choices=PARTS, help=f"default: all ({' '.join(PARTS)})")
+    measured.add_argument("--skip", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts to leave out")
+    measured.add_argument("--smoke", action="store_true", help="int4 alone, small images, short prompts")
+    rendered = commands.add_parser("render", help="the tables of a bench-SHAPE.json as Markdown")
+    rendered.add_argument("file", metavar="FILE", type=Path)
+    return parser
+
+
+def _make(args: argparse.Namespace) -> int:
+    if args.output.exists():
+        raise InputError(f"{args.output}: exists already; choose another -o")
+    started = time.perf_counter()
+    make_checkpoint(load_shape(args.shape), args.output, seed=args.seed)
+    said = {
+        "size": sum(file.stat().st_size for file in args.output.iterdir()),
+        "seconds": time.perf_counter() - started,
+        "peak_memory": Memory.of().peak,
+    }
+    line = f"{args.output}: {said['size'] / 1e9:.2f} GB in {said['seconds']:.1f} s"
+    print(json.dumps(said) if args.json else line)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from .measure import run  # these need onnx, which writing a checkpoint does not
+    from .report import text
+
+    plan = Plan(args.shape, args.folder / "bench", checkpoint=args.checkpoint)
+    if args.smoke:
+        plan = smoke_plan(plan)
+    if args.recipe:
+        plan = replace(plan, recipes=tuple(args.recipe))
+    parts = tuple(part for part in args.parts or plan.parts if part not in args.skip)
+    report = run(replace(plan, parts=parts))
+    file = args.folder / f"bench-{args.shape}.json"
+    print(text(report), flush=True)  # first: what took minutes is not lost to a full disk
+    file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
+    print(f"\nalso in {file}; `python -m benchmarks render {file}` makes Markdown of it")
+    return 0
+
+
+def _render(args: argparse.Namespace) -> int:
+    from .report import ShapeReport, markdown
+
+    try:
+        content = json.loads(args.file.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise InputError(f"{args.file}: cannot be read ({error}); make it with `python -m benchmarks run`") from error
+    print(markdown(from_json(ShapeReport, content)), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
