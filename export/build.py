@@ -51,7 +51,7 @@ def export_checkpoint(
     with whole_folder(target_folder) as folder:
         for name, content in documents.items():
             (folder / name).write_bytes(content)
-        variants, written = _write_variants(graphs, recipes, folder / "onnx", progress)
+        variants, written = _write_variants(graphs, target, recipes, folder / "onnx", progress)
         files = {name: file_entry(folder / name) for name in documents} | written
         manifest = _manifest(graphs, parts, target, variants, files)
         (folder / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
@@ -68,14 +68,16 @@ def _check_names(recipes: Sequence[Recipe]) -> None:
 
 
 def _write_variants(
-    graphs: FloatGraphs, recipes: Sequence[Recipe], folder: Path, progress: Progress
+    graphs: FloatGraphs, target: Target, recipes: Sequence[Recipe], folder: Path, progress: Progress
 ) -> tuple[dict[str, Variant], dict[str, FileEntry]]:
     """Variants by name, and the files under onnx/."""
     folder.mkdir()
     variants: dict[str, Variant] = {}
     files: dict[str, FileEntry] = {}
     for recipe in recipes:
-        variants[recipe.name], new = write_variant(recipe, graphs.graphs, variants, graphs.open_role, folder, progress)
+        variants[recipe.name], new = write_variant(
+            recipe, target, graphs.graphs, variants, graphs.open_role, folder, progress
+        )
         files |= new
     return variants, files
 

@@ -136,7 +136,9 @@ def _build(
             return graphs[role].clone(), sources[role]
         return open_float_graph(package, role)
 
-    variant, files = write_variant(recipe, manifest.roles, manifest.variants, open_role, staging, progress)
+    variant, files = write_variant(
+        recipe, manifest.target, manifest.roles, manifest.variants, open_role, staging, progress
+    )
     variants = manifest.variants | {recipe.name: variant}
     return dataclasses.replace(manifest, variants=variants, files=dict(sorted((manifest.files | files).items())))
 

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import ROLES
@@ -20,6 +21,7 @@ __all__ = [
     "METHODS",
     "Recipe",
     "Rule",
+    "Target",
     "WeightFormat",
     "file_stem",
     "load_recipe",
@@ -27,7 +29,8 @@ __all__ = [
 ]
 
 METHODS = ("rtn",)
-BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4")
+BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4", "int8-dynamic")
+Target = Literal["cpu", "cuda"]  # what a package's graphs were lowered for
 _BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
 _DEFAULT_BLOCK = 32
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower case, as some disks ignore case
@@ -40,6 +43,9 @@ class WeightFormat:
     bits 32 and 16 are floats. bits 8 and 4 are unsigned codes in blocks of `block_size` values along a row, each block
     with a scale of its own and, unless symmetric, a zero point. `accuracy_level` goes to MatMulNBits: 0 computes in the
     dtype of the activations, 1 in float32, 4 with 8-bit activations. `method` finds the codes.
+
+    activations "int8-dynamic" is for linears of the cpu target: bits 8, signed codes with a scale a channel, multiplied
+    in integers with activations that are rounded to 8 bits with a scale a token (quant/dynamic.py). It has no blocks.
     """
 
     bits: int
@@ -47,16 +53,20 @@ class WeightFormat:
     symmetric: bool = False
     accuracy_level: int = 4
     method: str = "rtn"
+    activations: Literal["float", "int8-dynamic"] = "float"
 
     def __post_init__(self) -> None:
         if self.bits not in (32, 16, 8, 4):
             raise RecipeError(f"bits {self.bits}: use 32, 16, 8 or 4")
         if self.method not in METHODS:
             raise RecipeError(f"method {self.method!r} is unknown; known methods are {', '.join(METHODS)}")
-        if not self.is_quantized:
+        if self.activations == "int8-dynamic" and self.bits != 8:
+            raise RecipeError(f"activations int8-dynamic with bits {self.bits}: use bits 8")
+        if not self.is_quantized or self.is_dynamic:
             if (self.block_size, self.symmetric, self.accuracy_level) != (_DEFAULT_BLOCK, False, 4):
+                what = "with activations int8-dynamic" if self.is_dynamic else "is a float and"
                 raise RecipeError(
-                    f"bits {self.bits} is a float and has no block_size, symmetric or accuracy_level: leave them out"
+                    f"bits {self.bits} {what} has no block_size, symmetric or accuracy_level: leave them out"
                 )
             return
         if self.block_size not in _BLOCK_SIZES:
@@ -75,17 +85,28 @@ class WeightFormat:
         return self.bits < 16
 
     @property
+    def is_dynamic(self) -> bool:
+        """True where activations are rounded to 8 bits too, with a scale a token."""
+        return self.activations == "int8-dynamic"
+
+    @property
     def label(self) -> str:
-        """Short name for people: "float32", "float16", "int8", "int4"."""
+        """Short name for people: "float32", "float16", "int8", "int8-dynamic", "int4"."""
+        if self.is_dynamic:
+            return self.activations
         return f"int{self.bits}" if self.is_quantized else f"float{self.bits}"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`match` is "<role glob>/<parameter glob>", as in "decoder/layers.*.mlp.*.weight"."""
+    """`match` is "<role glob>/<parameter glob>", as in "decoder/layers.*.mlp.*.weight".
+
+    A rule with a `target` is there for packages of that target alone: kernels differ between them.
+    """
 
     match: str
     format: WeightFormat
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         role_glob, slash, parameter_glob = self.match.partition("/")
@@ -102,9 +123,10 @@ class Rule:
     def parameter_glob(self) -> str:
         return self.match.partition("/")[2]
 
-    def covers(self, role: str, parameter: str) -> bool:
+    def covers(self, role: str, parameter: str, target: Target) -> bool:
         """True where the rule is about this parameter. Capitals count, on every system."""
-        return fnmatchcase(role, self.role_glob) and fnmatchcase(parameter, self.parameter_glob)
+        is_for = self.target in (None, target)
+        return is_for and fnmatchcase(role, self.role_glob) and fnmatchcase(parameter, self.parameter_glob)
 
 
 @dataclass(frozen=True)
@@ -123,9 +145,9 @@ class Recipe:
         if builtin is not None and builtin != self.rules:
             raise RecipeError(f"recipe {self.name}: this builtin recipe has other rules; choose another name")
 
-    def format_of(self, role: str, parameter: str) -> WeightFormat | None:
+    def format_of(self, role: str, parameter: str, target: Target = "cpu") -> WeightFormat | None:
         """The format of a weight, or None where no rule covers it."""
-        return next((rule.format for rule in self.rules if rule.covers(role, parameter)), None)
+        return next((rule.format for rule in self.rules if rule.covers(role, parameter, target)), None)
 
 
 def load_recipe(name: str, *, block_size: int | None = None, method: str | None = None) -> Recipe:
@@ -151,16 +173,16 @@ def load_recipe(name: str, *, block_size: int | None = None, method: str | None 
     raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(BUILTIN_NAMES)}; or give a path to a .json")
 
 
-def precision_label(recipe: Recipe, role: str) -> str:
+def precision_label(recipe: Recipe, role: str, target: Target = "cpu") -> str:
     """What the files of a role are called by. Equal labels mean equal content, so variants share files by it.
 
     It is the name of the builtin recipe that says the same about this role, else the recipe's own name.
     """
-    said = _said_about(recipe.rules, role)
+    said = _said_about(recipe.rules, role, target)
     for base in BUILTIN_NAMES:
-        for block_size in _BLOCK_SIZES if base.startswith("int") else (_DEFAULT_BLOCK,):
+        for block_size in (_DEFAULT_BLOCK, *(_BLOCK_SIZES if base.startswith("int") else ())):
             label = _block_name(base, block_size)
-            if _said_about(_builtin_rules(label) or (), role) == said:
+            if _said_about(_builtin_rules(label) or (), role, target) == said:
                 return label
     return recipe.name
 
@@ -170,11 +192,11 @@ def file_stem(role: str, label: str) -> str:
     return role if label == "fp32" else f"{role}_{label}"
 
 
-def _said_about(rules: tuple[Rule, ...], role: str) -> tuple[tuple[str, WeightFormat], ...]:
+def _said_about(rules: tuple[Rule, ...], role: str, target: Target) -> tuple[tuple[str, WeightFormat], ...]:
     """The rules that can reach a role, without the role and without repetitions that an earlier rule hides."""
     said: dict[str, WeightFormat] = {}
     for rule in rules:
-        if fnmatchcase(role, rule.role_glob):
+        if rule.target in (None, target) and fnmatchcase(role, rule.role_glob):
             said.setdefault(rule.parameter_glob, rule.format)
     return tuple(said.items())
 
@@ -191,10 +213,17 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
     if base in ("fp32", "fp16"):
         return None if block else (Rule("*/*.weight", WeightFormat(bits=int(base[2:]))),)
     int8 = WeightFormat(bits=8)
+    dynamic = WeightFormat(bits=8, activations="int8-dynamic")
     block_size = int(block) if block else _DEFAULT_BLOCK
+    blocks = WeightFormat(bits=8, block_size=block_size)
+    # Towers are most of the time to the first token on a CPU, and take rounded activations well.
+    tower = Rule("vision_encoder/*.weight", dynamic, target="cpu")
     if base == "int8":
-        return (Rule("*/*.weight", WeightFormat(bits=8, block_size=block_size)),)
+        return (tower, Rule("*/*.weight", blocks))
+    if base == "int8-dynamic":
+        return (Rule("embed_tokens/*.weight", blocks), Rule("*/*.weight", dynamic))
     return (
+        tower,
         Rule("decoder/lm_head.weight", int8),  # errors of the head go straight into the logits
         Rule("decoder/*.weight", WeightFormat(bits=4, block_size=block_size)),
         Rule("*/*.weight", int8),

@@ -2,7 +2,8 @@
 
 A float graph names a weight by its parameter and uses it in one of two nodes:
 
-    linear     com.microsoft.FusedMatMul(x, W), transB = 1, W [N, K]  ->  com.microsoft.MatMulNBits
+    linear     com.microsoft.FusedMatMul(x, W), transB = 1, W [N, K]  ->  com.microsoft.MatMulNBits, or
+                                                                          vlmport.IntegerLinear (quant/dynamic.py)
     embedding  Gather(W, ids), axis 0, W [V, D]                       ->  com.microsoft.GatherBlockQuantized
 
 A parameter is an initializer without a const_value: its bytes come from a WeightSource when the graph is written.
@@ -15,8 +16,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from ..runtime.errors import RecipeError
+from .dynamic import channel_shapes, integer_linear
 from .pack import Piece, gather_shapes, linear_shapes
-from .recipe import Recipe, WeightFormat
+from .recipe import Recipe, Target, WeightFormat
 
 __all__ = ["StoredTensor", "restore_float", "rewrite"]
 
@@ -25,6 +27,12 @@ _SUFFIX: dict[Piece, str] = {"quantized": "_Q", "scales": "_scales", "zero_point
 _WIDENED = "_float32"  # the output of the Cast behind a linear's float16 weight
 _NARROW = "_float16"  # the input of the Cast behind the gather from a float16 table
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+_NUMPY: dict[ir.DataType, Literal["float32", "float16", "uint8", "int8"]] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.INT8: "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -32,20 +40,21 @@ class StoredTensor:
     """An initializer to be written, and the piece of which parameter it holds.
 
     `parameter_shape` is the shape of the parameter in the checkpoint. `format` is None for a tensor that the recipe
-    does not reach: it is cast to `dtype` and no more.
+    does not reach: it is cast to `dtype` and no more. `transposed`: a row of the parameter is a column of this tensor.
     """
 
     name: str
     parameter: str
     piece: Piece
-    dtype: Literal["float32", "float16", "uint8"]
+    dtype: Literal["float32", "float16", "uint8", "int8"]
     shape: tuple[int, ...]
     parameter_shape: tuple[int, ...]
     format: WeightFormat | None = None
+    transposed: bool = False
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * {"float32": 4, "float16": 2, "uint8": 1}[self.dtype]
+        return math.prod(self.shape) * {"float32": 4, "float16": 2, "uint8": 1, "int8": 1}[self.dtype]
 
     @property
     def stored_as(self) -> str:
@@ -53,22 +62,24 @@ class StoredTensor:
         return self.format.label if self.format is not None else self.dtype
 
 
-def rewrite(model: ir.Model, role: str, recipe: Recipe) -> tuple[StoredTensor, ...]:
+def rewrite(model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu") -> tuple[StoredTensor, ...]:
     """Rewrites the float graph of a role in place by a recipe; gives what is to be stored, in initializer order.
+
+    `target` is what the graph was lowered for; rules for another one do not count.
 
     Raises RecipeError where the recipe cannot be applied to this graph.
     """
     graph = model.graph
     weights = {str(value.name): value for value in graph.initializers.values() if _is_weight(value)}
-    _check_rules(recipe, role, list(weights))
+    _check_rules(recipe, role, list(weights), target)
     stored: list[StoredTensor] = []
     initializers = list(graph.initializers.values())
     graph.initializers.clear()
     for value in initializers:
         name = str(value.name)
-        format = recipe.format_of(role, name) if name in weights else None
+        format = recipe.format_of(role, name, target) if name in weights else None
         if format is not None and format.is_quantized:
-            pieces = _quantize(graph, value, format)
+            pieces = _quantize(model, value, format)
             stored += [tensor for _, tensor in pieces]
             for piece, _ in pieces:
                 graph.initializers.add(piece)
@@ -139,10 +150,12 @@ def _is_weight(value: ir.Value) -> bool:
     return True
 
 
-def _check_rules(recipe: Recipe, role: str, weights: list[str]) -> None:
+def _check_rules(recipe: Recipe, role: str, weights: list[str], target: Target) -> None:
     """A rule made for one role alone that reaches nothing there is a slip of the pen."""
     for rule in recipe.rules:
-        if rule.role_glob == role and not any(rule.covers(role, weight) for weight in weights):
+        if rule.target not in (None, target) or rule.role_glob != role:
+            continue
+        if not any(rule.covers(role, weight, target) for weight in weights):
             some = ", ".join(weights[:3]) or "none"
             raise RecipeError(
                 f"recipe {recipe.name}: {rule.match!r} matches no weight of {role}; its weights: {some}, ..."
@@ -162,31 +175,54 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape.numpy())
 
 
-def _quantize(graph: ir.Graph, value: ir.Value, format: WeightFormat) -> list[tuple[ir.Value, StoredTensor]]:
+def _quantize(model: ir.Model, value: ir.Value, format: WeightFormat) -> list[tuple[ir.Value, StoredTensor]]:
     """Replaces the nodes that use a weight; gives its new initializers."""
     name, (num_rows, num_columns) = str(value.name), _shape(value)
     is_linear = _is_linear(*_uses(value)[0])
-    if is_linear:
+    if format.is_dynamic:
+        _check_dynamic(value, is_linear)
+        shapes = channel_shapes(num_rows, num_columns)
+    elif is_linear:
         shapes = linear_shapes(num_rows, num_columns, format)
     else:
         shapes = gather_shapes(num_rows, num_columns, format, name)
     assert value.dtype is not None
     pieces: list[tuple[ir.Value, StoredTensor]] = []
     for piece, shape in shapes.items():
-        dtype = value.dtype if piece == "scales" else ir.DataType.UINT8
-        numpy_name = "uint8" if piece != "scales" else "float32" if dtype == ir.DataType.FLOAT else "float16"
-        tensor = StoredTensor(name + _SUFFIX[piece], name, piece, numpy_name, shape, (num_rows, num_columns), format)
+        codes = ir.DataType.INT8 if format.is_dynamic else ir.DataType.UINT8
+        dtype = value.dtype if piece == "scales" else codes
+        tensor = StoredTensor(
+            name + _SUFFIX[piece],
+            name,
+            piece,
+            _NUMPY[dtype],
+            shape,
+            (num_rows, num_columns),
+            format,
+            transposed=format.is_dynamic and piece == "quantized",
+        )
         new = ir.Value(name=tensor.name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         pieces.append((new, tensor))
     values = [piece for piece, _ in pieces]
     for node, _ in _uses(value):
-        new = (
-            _linear_node(node, values, format, num_rows, num_columns)
-            if is_linear
-            else _gather_node(node, values, format)
-        )
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [new], node.outputs, new.outputs)
+        if format.is_dynamic:
+            new = integer_linear(model, node, values)
+        elif is_linear:
+            new = _linear_node(node, values, format, num_rows, num_columns)
+        else:
+            new = _gather_node(node, values, format)
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
     return pieces
+
+
+def _check_dynamic(value: ir.Value, is_linear: bool) -> None:
+    """Raises RecipeError where activations cannot be rounded: a table has none, and cuda has no kernel."""
+    if not is_linear:
+        raise RecipeError(f"{value.name}: a table has no activations to round; give it bits 8 alone")
+    if value.dtype != ir.DataType.FLOAT:
+        raise RecipeError(
+            f"{value.name}: activations int8-dynamic are for target cpu; use bits 8 alone, or give the rule target cpu"
+        )
 
 
 def _linear_node(

@@ -2,7 +2,8 @@
 
 `<stem>.onnx_data` holds the bytes of every initializer of 1 KiB or more, in the order of the graph; `<stem>.onnx`
 holds the graph and the small ones. Equal graphs and equal weights give equal bytes. A weight is read once, in chunks of
-rows, and each chunk goes to its place in each of the pieces (codes, scales, zero points): none is in memory as a whole.
+rows, and each chunk goes to its place in each of the pieces (codes, scales, zero points): none is in memory as a whole
+but codes that lie by columns, which are gathered first, a byte a value.
 """
 
 import math
@@ -21,6 +22,7 @@ import onnx_ir as ir
 from ..runtime.errors import CapacityError, CheckpointError, RecipeError
 from ..runtime.manifest import FileEntry, GraphFile, TensorInfo
 from ..runtime.package import file_entry
+from .dynamic import quantize_channels
 from .pack import Piece, pack_codes, pack_zero_points
 from .rewrite import StoredTensor
 from .rtn import quantize_rows
@@ -190,11 +192,20 @@ def _write_data(
         else:
             pieces.setdefault(slot.stored.parameter, []).append(slot)
     for parameter, group in pieces.items():
-        for start, arrays in _chunks([slot.stored for slot in group if slot.stored is not None], source):
+        tensors = [slot.stored for slot in group if slot.stored is not None]
+        columns = {tensor.name: np.empty(tensor.shape, tensor.dtype) for tensor in tensors if tensor.transposed}
+        for start, arrays in _chunks(tensors, source):
             for slot, array in zip(group, arrays, strict=True):
-                put(slot, array.nbytes // len(array) * start, array.tobytes())
+                gathered = columns.get(str(slot.value.name))
+                if gathered is not None:
+                    gathered[:, start : start + len(array)] = array.T
+                else:
+                    put(slot, array.nbytes // len(array) * start, array.tobytes())
             if progress is not None:
                 progress(done, total, parameter)
+        for slot in group:
+            if str(slot.value.name) in columns:
+                put(slot, 0, columns[str(slot.value.name)].tobytes())
     with _disk_errors(path, size):
         os.fsync(file)
 
@@ -217,6 +228,9 @@ def _convert(rows: npt.NDArray[np.float32], tensors: list[StoredTensor]) -> list
     if format is None or not format.is_quantized:
         (tensor,) = tensors
         return [_cast(rows, tensor.dtype, name)]
+    if format.is_dynamic:
+        channel_codes, channel_scales = quantize_channels(rows, name=name)
+        return [channel_codes if tensor.piece == "quantized" else channel_scales for tensor in tensors]
     scale_dtype = next(tensor.dtype for tensor in tensors if tensor.piece == "scales")
     codes, scales, zero_points = quantize_rows(rows, format, scale_dtype=scale_dtype, name=name)
     # A linear stores the padding of its last block, a table does not: rows of the table's bytes tell the two apart.

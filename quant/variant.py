@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from ..runtime.manifest import FileEntry, GraphFile, Variant
 from ..runtime.schema import to_json
-from .recipe import Recipe, file_stem, precision_label
+from .recipe import Recipe, Target, file_stem, precision_label
 from .rewrite import rewrite
 from .store import Progress, WeightSource, write_graph
 
@@ -18,6 +18,7 @@ OpenRole = Callable[[str], tuple[ir.Model, WeightSource]]  # role -> a float gra
 
 def write_variant(
     recipe: Recipe,
+    target: Target,
     roles: Iterable[str],
     present: Mapping[str, Variant],
     open_role: OpenRole,
@@ -31,13 +32,13 @@ def write_variant(
     graphs: dict[str, GraphFile] = {}
     files: dict[str, FileEntry] = {}
     for role in roles:
-        label = precision_label(recipe, role)
+        label = precision_label(recipe, role, target)
         alike = [variant.graphs[role] for variant in present.values() if variant.graphs[role].precision == label]
         if alike:
             graphs[role] = alike[0]
             continue
         model, source = open_role(role)
-        stored = rewrite(model, role, recipe)
+        stored = rewrite(model, role, recipe, target)
         stem = file_stem(role, label)
         written = write_graph(model, stored, source, folder, stem, _named(progress, stem))
         graphs[role] = written.graph_file(label)

@@ -7,16 +7,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmport.quant.recipe import BUILTIN_NAMES, Recipe, Rule, WeightFormat, file_stem, load_recipe, precision_label
+from vlmport.quant.recipe import (
+    BUILTIN_NAMES,
+    Recipe,
+    Rule,
+    Target,
+    WeightFormat,
+    file_stem,
+    load_recipe,
+    precision_label,
+)
 from vlmport.runtime.errors import RecipeError
 from vlmport.runtime.manifest import ROLES
 from vlmport.runtime.schema import from_json, to_json
 
 INT8, INT4 = WeightFormat(bits=8), WeightFormat(bits=4)
+DYNAMIC = WeightFormat(bits=8, activations="int8-dynamic")
 
 
-def labels(recipe: Recipe) -> dict[str, str]:
-    return {role: precision_label(recipe, role) for role in ROLES}
+def labels(recipe: Recipe, target: Target = "cpu") -> dict[str, str]:
+    return {role: precision_label(recipe, role, target) for role in ROLES}
 
 
 def test_int4_keeps_what_hurts_most_in_8_bits() -> None:
@@ -24,7 +34,8 @@ def test_int4_keeps_what_hurts_most_in_8_bits() -> None:
     assert recipe.format_of("decoder", "layers.3.mlp.down_proj.weight") == INT4
     assert recipe.format_of("decoder", "lm_head.weight") == INT8
     assert recipe.format_of("embed_tokens", "embed_tokens.weight") == INT8
-    assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight") == INT8
+    assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cpu") == DYNAMIC
+    assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cuda") == INT8
     assert recipe.format_of("projector", "mlp.0.weight") == INT8
     assert recipe.format_of("decoder", "rope.table") is None
 
@@ -39,19 +50,34 @@ def test_labels_let_variants_share_files() -> None:
     assert labels(load_recipe("int8")) == dict.fromkeys(ROLES, "int8")
     assert labels(load_recipe("int4")) == dict.fromkeys(ROLES, "int8") | {"decoder": "int4"}
     assert labels(load_recipe("int4", block_size=128)) == dict.fromkeys(ROLES, "int8") | {"decoder": "int4_b128"}
-    assert labels(load_recipe("int8", block_size=64)) == dict.fromkeys(ROLES, "int8_b64")
+    blocks = dict.fromkeys(ROLES, "int8_b64")
+    assert labels(load_recipe("int8", block_size=64)) == blocks | {"vision_encoder": "int8"}  # it has no blocks
+    assert labels(load_recipe("int8", block_size=64), "cuda") == blocks
+    dynamic = dict.fromkeys(ROLES, "int8-dynamic") | {"vision_encoder": "int8", "embed_tokens": "int8"}
+    assert labels(load_recipe("int8-dynamic")) == dynamic
+
+
+def test_rules_of_another_target_do_not_count() -> None:
+    recipe = Recipe("mine", (Rule("decoder/*", INT4, target="cuda"), Rule("*/*", INT8)))
+    assert recipe.format_of("decoder", "a.weight", "cpu") == INT8
+    assert recipe.format_of("decoder", "a.weight", "cuda") == INT4
+    assert precision_label(recipe, "decoder", "cpu") == precision_label(recipe, "projector", "cpu") == "mine"
+    assert "target" not in to_json(recipe.rules[1]), "packages of before stay as they are"
 
 
 def test_a_recipe_of_ones_own_shares_the_parts_that_equal_a_builtin_one() -> None:
     recipe = Recipe("mine", (Rule("decoder/*.weight", INT8), Rule("*/*.weight", WeightFormat(bits=16))))
     assert labels(recipe) == dict.fromkeys(ROLES, "fp16") | {"decoder": "int8"}
     odd = Recipe("odd", (Rule("decoder/*.weight", WeightFormat(bits=4, symmetric=True)), Rule("*/*.weight", INT8)))
-    assert labels(odd) == dict.fromkeys(ROLES, "int8") | {"decoder": "odd"}
+    assert labels(odd) == dict.fromkeys(ROLES, "int8") | {"decoder": "odd", "vision_encoder": "odd"}
 
 
-FORMATS = st.sampled_from([INT8, INT4, WeightFormat(32), WeightFormat(16), WeightFormat(4, block_size=128)])
+FORMATS = st.sampled_from([INT8, INT4, DYNAMIC, WeightFormat(32), WeightFormat(16), WeightFormat(4, block_size=128)])
 RULES = st.builds(
-    Rule, st.sampled_from(["*/*.weight", "decoder/*.weight", "decoder/lm_head.weight", "*o*/*.weight", "*/*"]), FORMATS
+    Rule,
+    st.sampled_from(["*/*.weight", "decoder/*.weight", "decoder/lm_head.weight", "*o*/*.weight", "*/*"]),
+    FORMATS,
+    st.sampled_from([None, "cpu", "cuda"]),
 )
 RECIPES = st.one_of(
     st.sampled_from([load_recipe(name) for name in BUILTIN_NAMES] + [load_recipe("int4", block_size=128)]),
@@ -60,10 +86,11 @@ RECIPES = st.one_of(
 PARAMETERS = ("lm_head.weight", "layers.0.weight", "table")
 
 
-@given(RECIPES, RECIPES, st.sampled_from(ROLES))
-def test_equal_labels_mean_equal_content(one: Recipe, other: Recipe, role: str) -> None:
-    if precision_label(one, role) == precision_label(other, role):
-        assert [one.format_of(role, p) for p in PARAMETERS] == [other.format_of(role, p) for p in PARAMETERS]
+@given(RECIPES, RECIPES, st.sampled_from(ROLES), st.sampled_from(["cpu", "cuda"]))
+def test_equal_labels_mean_equal_content(one: Recipe, other: Recipe, role: str, target: Target) -> None:
+    if precision_label(one, role, target) == precision_label(other, role, target):
+        formats = [[recipe.format_of(role, name, target) for name in PARAMETERS] for recipe in (one, other)]
+        assert formats[0] == formats[1]
 
 
 @given(RECIPES)
@@ -110,6 +137,18 @@ def test_from_a_file(tmp_path: Path) -> None:
             '{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 4, "method": "magic"}}]}',
             "known methods are rtn",
         ),
+        (
+            '{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 4, "activations": "int8-dynamic"}}]}',
+            "use bits 8",
+        ),
+        ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 8, "activations": "int4"}}]}', "is not one of"),
+        ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 8, "activations": 8}}]}', "is not one of"),
+        (
+            '{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 8, "activations": "int8-dynamic", '
+            '"block_size": 64}}]}',
+            "bits 8 with activations int8-dynamic has no block_size",
+        ),
+        ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 8}, "target": "tpu"}]}', "'tpu' is not one of"),
         ('{"name": "m", "rules": [{"match": "decoder.weight", "format": {"bits": 4}}]}', "form role/parameter"),
         ('{"name": "m", "rules": [{"match": "decodr/*", "format": {"bits": 4}}]}', "no role is called 'decodr'"),
     ],
@@ -125,7 +164,7 @@ def test_bad_files_are_told_in_one_line(text: str, words: str, tmp_path: Path) -
 
 
 def test_bad_names_and_options(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="known are fp32, fp16, int8, int4"):
+    with pytest.raises(RecipeError, match="known are fp32, fp16, int8, int4, int8-dynamic"):
         load_recipe("int5")
     with pytest.raises(RecipeError, match="known methods are rtn"):
         load_recipe("int4", method="magic")
