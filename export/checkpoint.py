@@ -28,13 +28,14 @@ _ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are: file, byte offset, safetensors dtype, shape; and which of its rows are meant."""
+    """Where a tensor's bytes are: file, byte offset, safetensors dtype, shape; and what of it is meant, or how."""
 
     file: Path
     offset: int
     dtype: str
     shape: tuple[int, ...]
     rows: RowBlocks | None = None  # None: all
+    transposed: bool = False  # its columns are the rows that are asked for
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class CheckpointSource:
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
         """Rows start to stop (axis 0) as C-contiguous float32 [stop - start, ...]."""
         tensor = self._tensors[parameter]
+        if tensor.transposed:
+            return self._columns(parameter, start, stop)
         row = math.prod(tensor.shape[1:]) * _ITEM_SIZES[tensor.dtype]
         with tensor.file.open("rb", buffering=0) as stream:
             pieces = [
@@ -111,6 +114,20 @@ class CheckpointSource:
                 f"{tensor.file}: ends inside {parameter}; the file changed or is damaged, copy it again"
             )
         return _to_float32(raw, tensor.dtype).reshape(stop - start, *self._shapes[parameter][1:])
+
+    def _columns(self, parameter: str, start: int, stop: int) -> np.ndarray:
+        """Columns start to stop of a stored matrix, as rows; read row by row, so that none is held whole."""
+        tensor = self._tensors[parameter]
+        num_rows, num_columns = tensor.shape
+        size = _ITEM_SIZES[tensor.dtype]
+        with tensor.file.open("rb", buffering=0) as stream:
+            offsets = (tensor.offset + (row * num_columns + start) * size for row in range(num_rows))
+            raw = b"".join(os.pread(stream.fileno(), (stop - start) * size, offset) for offset in offsets)
+        if len(raw) != num_rows * (stop - start) * size:
+            raise CheckpointError(
+                f"{tensor.file}: ends inside {parameter}; the file changed or is damaged, copy it again"
+            )
+        return np.ascontiguousarray(_to_float32(raw, tensor.dtype).reshape(num_rows, stop - start).T)
 
 
 def resolve(
@@ -141,7 +158,7 @@ def resolve(
             problems.append(f"{name} is {tensor.dtype}, of {', '.join(_DTYPES)} only")
     if problems:
         raise CheckpointError(f"{checkpoint.path}: {len(problems)} tensors do not fit: {'; '.join(problems)}")
-    return {key: replace(stored[ref.name], rows=ref.rows) for key, ref in wanted.items()}
+    return {key: replace(stored[ref.name], rows=ref.rows, transposed=ref.transposed) for key, ref in wanted.items()}
 
 
 def _stretches(rows: RowBlocks | None, start: int, stop: int) -> list[tuple[int, int]]:

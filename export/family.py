@@ -64,12 +64,13 @@ class RowBlocks:
 class TensorRef:
     """A tensor of the checkpoint, by its normalised name and the shape that the configuration implies.
 
-    `rows`: the parameter is those rows of it; None is the whole tensor.
+    `rows`: the parameter is those rows of it; None is the whole tensor. `transposed`: it is the matrix turned over.
     """
 
     name: str
     shape: tuple[int, ...]
     rows: RowBlocks | None = None
+    transposed: bool = False
 
     @property
     def num_elements(self) -> int:

@@ -24,7 +24,7 @@ def expand_blocks(graph: ir.Graph) -> None:
         own = dict(zip(enter.inputs, call.inputs, strict=True))  # parameters; the first outputs are the other inputs
         own |= dict(zip(enter.outputs, call.inputs, strict=False))
         for node in bodies[kind]:
-            call.prepend(_copy(node, own, f"_{number}"))
+            call.prepend(_copy(node, own, f"_block{number}"))
         for result, output in zip(leave.inputs, call.outputs, strict=True):
             output.replace_all_uses_with(_mapped(result, own), replace_graph_outputs=True)
         graph.remove(call, safe=True)

@@ -165,6 +165,20 @@ def test_every_tensor_that_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert "good" not in text
 
 
+def test_a_matrix_turned_over_is_read_by_columns(tmp_path: Path) -> None:
+    opened = checkpoint(tmp_path, {"w": VALUES})
+    stored = resolve(opened, {"p": TensorRef("w", (7, 5), transposed=True)}, lambda name: name, lambda name: False)
+    source = CheckpointSource(stored, {"p": (5, 7)})
+    for start, stop in ((0, 5), (1, 3), (4, 5), (2, 2)):
+        found = source.rows("p", start, stop)
+        np.testing.assert_array_equal(found, VALUES.T[start:stop])
+        assert found.flags.c_contiguous
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="ends inside p"):
+        source.rows("p", 4, 5)
+
+
 def test_a_tensor_under_two_spellings_is_told(tmp_path: Path) -> None:
     save_file({"norm": np.ones(4, np.float32), "model.norm": np.zeros(4, np.float32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
