@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 
 from ..runtime.encode import EncodeOptions, prepare_images
 from ..runtime.errors import PackageError
-from ..runtime.generate import GenerationOptions
-from ..runtime.model import Model
+from ..runtime.generate import GenerationOptions, Timings
+from ..runtime.model import Model, VisionOutput
 from ..runtime.package import Package, file_entry
+from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json, to_json
 from .compare import Comparison, StageRow, compare_ids, compare_logits, compare_tensors, stage_rows
@@ -42,6 +43,7 @@ SELFCHECK_SCHEMA = "vlmport-selfcheck/1"
 _FILE, _PICTURE = "selfcheck.json", "picture.png"
 _FOLDER = ("parity", "golden")
 _NUM_TOKENS = 8
+_WHOLE_BYTES = 512 << 20  # variants up to this size are run as users run them, larger ones in pieces
 _KINDS = {"pixel_values": "pixels", "vision": "vision", "projector": "projector", "inputs_embeds": "embeddings"}
 _LOGITS = {"step_logits": "decode", "classes": "classes"}
 
@@ -129,7 +131,7 @@ def _write(package: Package, folder: Path, fresh: Path, progress: Progress | Non
             shutil.copyfile(folder / kept[name].arrays, arrays_file)
             variants[name] = kept[name]
             continue
-        arrays, ids = _compute(package, name, messages, fresh, None)
+        arrays, ids = _record(package, name, messages, fresh)
         np.savez(arrays_file, allow_pickle=False, **arrays)
         variants[name] = _Stored(arrays_file.name, file_entry(arrays_file).sha256, _graphs(package, name), ids)
     document = _Document(SELFCHECK_SCHEMA, messages, picture_sha256, variants)
@@ -207,6 +209,29 @@ def _check_variant(package: Package, name: str, folder: Path, document: _Documen
     return stage_rows(records, SELFCHECK_GATES, columns)
 
 
+def _record(
+    package: Package, name: str, messages: tuple[dict[str, Any], ...], folder: Path
+) -> tuple[dict[str, Array], tuple[int, ...]]:
+    """What a variant computes where it is built, and the ids that it was given after the prompt.
+
+    The box of an export may be too small to load what it has written, so large variants run a piece at a time: with
+    ids from the prompt in place of their own answer, as each step would load every weight again.
+    """
+    if package.size(name) <= _WHOLE_BYTES or package.manifest.target != "cpu":
+        return _compute(package, name, messages, folder, None)
+    from .pieces import PiecedModel, logits_in_pieces  # needs onnx, which `verify` does not
+
+    with PiecedModel(package, name) as model:
+        if "decoder" not in model.manifest.roles:
+            return _compute_images(model, folder), ()
+        prepared = model.prepare(messages, folder=folder)
+        ids = tuple(prepared.input_ids[-_NUM_TOKENS:].tolist())
+        visual = model.features(prepared)
+        embeds = model.embed(prepared, None if visual is None else visual.features)
+        logits = logits_in_pieces(model, prepared, embeds, ids)
+    return _arrays(prepared, visual, embeds, logits), ids
+
+
 def _compute(
     package: Package,
     name: str,
@@ -224,16 +249,23 @@ def _compute(
             options = GenerationOptions(_NUM_TOKENS, SamplingParams(temperature=0.0), ignore_eos=True)
             ids = model.stream_prepared(prepared, options).finish().token_ids
         stages = run_stages(model, prepared, ids)
+    visual = None
+    if stages.vision is not None and stages.features is not None:
+        visual = VisionOutput(stages.vision, stages.features, Timings())
+    return _arrays(prepared, visual, stages.inputs_embeds, stages.step_logits), ids
+
+
+def _arrays(prepared: Prepared, visual: VisionOutput | None, embeds: Array, logits: Array) -> dict[str, Array]:
     arrays = {
         "input_ids": prepared.input_ids,
         "position_ids": prepared.position_ids,
-        "inputs_embeds": stages.inputs_embeds,
-        "step_logits": stages.step_logits,
+        "inputs_embeds": embeds,
+        "step_logits": logits,
     }
-    if stages.vision is not None and stages.features is not None:
+    if visual is not None:
         arrays["pixel_values"] = np.concatenate([patches.pixel_values for patches in prepared.visuals])
-        arrays |= {"vision": stages.vision, "projector": stages.features}
-    return arrays, ids
+        arrays |= {"vision": visual.vision, "projector": visual.features}
+    return arrays
 
 
 def _compute_images(model: Model, folder: Path) -> dict[str, Array]:
