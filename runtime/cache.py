@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .buffers import StepBuffers
 from .errors import CapacityError, InputError
 from .manifest import CacheSpec
 from .session import Array, GraphSession, ort_value
@@ -33,12 +34,21 @@ class Cache:
         shape = (1, spec.num_kv_heads, max_length, spec.head_dim)
         # Fresh zero pages cost no memory until they are written, so a long cache is as cheap as what it holds.
         self._buffers: dict[str, Any] = {}
-        self.binding: Any = session.raw.io_binding()  # kept: a call rebinds only what changes from call to call
-        for past, present in cache_names(spec.num_layers):
-            buffer = ort_value(_zeros(shape, spec), session.device)
-            self.binding.bind_ortvalue_input(past, buffer)
-            self.binding.bind_ortvalue_output(present, buffer)
-            self._buffers[past] = buffer
+        self._names = cache_names(spec.num_layers)
+        for past, _ in self._names:
+            self._buffers[past] = ort_value(_zeros(shape, spec), session.device)
+        self._session = session
+        # Kept: a call rebinds only what changes from call to call. Prompts have one, single tokens another.
+        self.prefill_binding = self.new_binding()
+        self.step_buffers: StepBuffers | None = None  # made by the decoder's first step
+
+    def new_binding(self) -> Any:
+        """An IOBinding that reads and writes these buffers; all other inputs and outputs are still to be bound."""
+        binding = self._session.raw.io_binding()
+        for past, present in self._names:
+            binding.bind_ortvalue_input(past, self._buffers[past])
+            binding.bind_ortvalue_output(present, self._buffers[past])
+        return binding
 
     def require(self, num_tokens: int) -> None:
         """Raises CapacityError unless `num_tokens` more fit."""

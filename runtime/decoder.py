@@ -5,6 +5,7 @@ S  tokens of a call     T  tokens held after the call     D  hidden size     V  
 
 import numpy as np
 
+from .buffers import StepBuffers
 from .cache import Cache, cache_names
 from .errors import InputError, PackageError
 from .manifest import CacheSpec
@@ -67,8 +68,14 @@ class Decoder:
         Raises CapacityError where the cache is full.
         """
         cache.require(1)
-        rows = (3, 1) if len(self._session.inputs["position_ids"].shape) == 3 else (1,)
-        return self._run(embeds_D[None], np.full(rows, position, np.int64), cache, False)[0]
+        if cache.step_buffers is None:
+            constants = self._switches(all_logits=False)
+            cache.step_buffers = StepBuffers(self._session, cache.new_binding(), cache.max_length, constants)
+        binding = cache.step_buffers.fill(embeds_D, position, cache.length + 1)
+        with self._session.told_by_file():
+            self._session.raw.run_with_iobinding(binding)
+        cache.advance(1)
+        return cache.step_buffers.logits()
 
     def _run(self, embeds_SD: Array, position_ids: Array, cache: Cache, all_logits: bool) -> Array:
         num_tokens = embeds_SD.shape[0]
@@ -77,19 +84,25 @@ class Decoder:
             "attention_mask": np.ones((1, cache.length + num_tokens), np.int64),
             "position_ids": np.expand_dims(position_ids, -2),  # [3, 1, S] or [1, S]
         }
-        if _KEEP in self._session.optional or _KEEP in self._session.inputs:
-            feeds[_KEEP] = np.array([0 if all_logits else 1], np.int64)
-        elif all_logits:
-            raise PackageError(f"{self._session.path}: has no {_KEEP}, so no logits of all positions; export it again")
+        feeds |= self._switches(all_logits=all_logits)
+        binding = cache.prefill_binding
         for name, array in self._session.cast(feeds).items():
-            cache.binding.bind_ortvalue_input(name, ort_value(array))  # bind_cpu_input knows no optional input
+            binding.bind_ortvalue_input(name, ort_value(array))  # bind_cpu_input knows no optional input
         shape = (1, num_tokens if all_logits else 1, self._vocabulary)
         logits = np.empty(shape, self._session.outputs["logits"].dtype)
-        cache.binding.bind_ortvalue_output("logits", ort_value(logits))
+        binding.bind_ortvalue_output("logits", ort_value(logits))
         with self._session.told_by_file():
-            self._session.raw.run_with_iobinding(cache.binding)
+            self._session.raw.run_with_iobinding(binding)
         cache.advance(num_tokens)
         return logits[0].astype(np.float32, copy=False)
+
+    def _switches(self, *, all_logits: bool) -> dict[str, Array]:
+        """The input that says how many positions get logits (0: all), where the graph has it."""
+        if _KEEP in self._session.optional or _KEEP in self._session.inputs:
+            return {_KEEP: np.array([0 if all_logits else 1], np.int64)}
+        if all_logits:
+            raise PackageError(f"{self._session.path}: has no {_KEEP}, so no logits of all positions; export it again")
+        return {}
 
 
 def _check_cache_inputs(session: GraphSession, spec: CacheSpec) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import InputError, MissingDependencyError, PackageError
 
-__all__ = ["Array", "GraphSession", "TensorSpec", "open_session", "ort_value", "require_onnxruntime"]
+__all__ = ["Array", "Device", "GraphSession", "TensorSpec", "open_session", "ort_value", "require_onnxruntime"]
 
 Array = NDArray[Any]
 Device = Literal["cpu", "cuda"]

@@ -1,5 +1,6 @@
 """The cache in place: whatever the chunks, the logits are those of the whole sequence at once."""
 
+import tracemalloc
 from pathlib import Path
 
 import decoder_graph as tiny
@@ -76,6 +77,43 @@ def test_the_buffers_are_written_in_place_and_nothing_else_is_allocated(graph: P
     whole = cache._buffers["past_key_values.1.key"].numpy()
     assert whole.shape == (1, tiny.KV, 10, tiny.HEAD)
     assert not whole[0, :, 5:].any()
+
+
+def test_steps_reuse_their_buffers(graph: Path) -> None:
+    """Memory that Python holds does not grow from step to step, and inputs and logits stay where they are."""
+    decoder = Decoder(open_session(graph, num_threads=1), tiny.spec())
+    cache = decoder.new_cache(300)
+    embeds, positions = inputs(4)
+    decoder.prefill(embeds, positions, cache)
+    for position in range(4, 20):
+        decoder.step(embeds[0], position, cache)
+    buffers = cache.step_buffers
+    assert buffers is not None
+    places = [held.value.data_ptr() for held in (buffers._embeds, buffers._positions, buffers._logits)]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for position in range(20, 220):
+            decoder.step(embeds[0], position, cache)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 2000, grown
+    assert cache.step_buffers is buffers
+    assert [held.value.data_ptr() for held in (buffers._embeds, buffers._positions, buffers._logits)] == places
+
+
+def test_prompts_and_steps_may_alternate(graph: Path) -> None:
+    """A prompt after steps binds other shapes, and the steps after it find theirs again."""
+    embeds, positions = inputs()
+    positions[:] = positions[0]
+    decoder = Decoder(open_session(graph, num_threads=1), tiny.spec(), chunk=3)
+    cache = decoder.new_cache(TOKENS)
+    rows = [decoder.prefill(embeds[:4], positions[:, :4], cache, all_logits=True)]
+    rows += [decoder.step(embeds[i], int(positions[0, i]), cache)[None] for i in (4, 5)]
+    rows += [decoder.prefill(embeds[6:10], positions[:, 6:10], cache, all_logits=True)]
+    rows += [decoder.step(embeds[i], int(positions[0, i]), cache)[None] for i in range(10, TOKENS)]
+    np.testing.assert_allclose(np.concatenate(rows), tiny.reference(embeds, positions), atol=1e-5)
 
 
 def test_two_caches_do_not_mix_and_a_reset_one_starts_anew(graph: Path) -> None:
