@@ -39,8 +39,19 @@ class Buffer:
 class StepBuffers:
     """A binding of the whole graph for one new token."""
 
-    def __init__(self, session: GraphSession, binding: Any, max_length: int, constants: Mapping[str, Array]) -> None:
-        """binding: an IOBinding that has the cache's buffers already. constants: inputs that stay as they are."""
+    def __init__(
+        self,
+        session: GraphSession,
+        binding: Any,
+        max_length: int,
+        constants: Mapping[str, Array],
+        *,
+        fixed_mask: bool = False,
+    ) -> None:
+        """binding: an IOBinding that has the cache's buffers already. constants: inputs that stay as they are.
+
+        fixed_mask: the mask has the full length, zeros behind the tokens held, and a place of its own (CUDA graphs).
+        """
         specs = session.inputs
         width, vocabulary = specs["inputs_embeds"].shape[-1], session.outputs["logits"].shape[-1]
         assert isinstance(width, int), width
@@ -53,18 +64,23 @@ class StepBuffers:
         self._positions = Buffer(rows, specs["position_ids"].dtype, device)
         self._logits = Buffer((1, 1, vocabulary), session.outputs["logits"].dtype, device)
         self._ones = np.ones((1, max_length), specs["attention_mask"].dtype)
+        self._mask = Buffer((1, max_length), specs["attention_mask"].dtype, device) if fixed_mask else None
+        if self._mask is not None:
+            binding.bind_ortvalue_input("attention_mask", self._mask.value)
         binding.bind_ortvalue_input("inputs_embeds", self._embeds.value)
         binding.bind_ortvalue_input("position_ids", self._positions.value)
         binding.bind_ortvalue_output("logits", self._logits.value)
         for name, array in session.cast(constants).items():
-            binding.bind_ortvalue_input(name, ort_value(array, device))
+            binding.bind_ortvalue_input(name, ort_value(array))  # read on the host, whatever the device
 
     def fill(self, embeds_D: Array, position: int, total: int) -> Any:
         """Puts a token in; total: tokens in the cache after it. Returns the binding to run."""
         self._embeds.write(embeds_D)
         self._positions.write(position)
-        # A view of the ones: its length tells the graph how many tokens the cache has.
-        self._binding.bind_ortvalue_input("attention_mask", ort_value(self._ones[:, :total], self._device))
+        if self._mask is not None:
+            self._mask.write(np.arange(self._ones.shape[1]) < total)
+        else:  # a view of the ones: its length tells the graph how many tokens the cache has
+            self._binding.bind_ortvalue_input("attention_mask", ort_value(self._ones[:, :total], self._device))
         return self._binding
 
     def logits(self) -> Array:

@@ -41,6 +41,7 @@ class Cache:
         # Kept: a call rebinds only what changes from call to call. Prompts have one, single tokens another.
         self.prefill_binding = self.new_binding()
         self.step_buffers: StepBuffers | None = None  # made by the decoder's first step
+        self.step_options: Any = None  # ONNX Runtime's RunOptions of a step, where it is a CUDA graph
 
     def new_binding(self) -> Any:
         """An IOBinding that reads and writes these buffers; all other inputs and outputs are still to be bound."""

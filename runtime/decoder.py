@@ -7,6 +7,7 @@ import numpy as np
 
 from .buffers import StepBuffers
 from .cache import Cache, cache_names
+from .device import NOT_CAPTURED, StepGraphs, graph_run_options
 from .errors import InputError, PackageError
 from .manifest import CacheSpec
 from .session import Array, GraphSession, ort_value
@@ -19,8 +20,9 @@ _KEEP = "num_logits_to_keep"
 class Decoder:
     """The decoder of a package. Caches are bound when they are made; a call rebinds only what changes."""
 
-    def __init__(self, session: GraphSession, spec: CacheSpec, *, chunk: int = 256) -> None:
+    def __init__(self, session: GraphSession, spec: CacheSpec, *, chunk: int = 256, step_graph: bool = False) -> None:
         """chunk: tokens of a prompt that go through the graph at once; it bounds the memory of a prefill.
+        step_graph: steps are CUDA graphs, if the session was opened for them (see device.py).
 
         Raises PackageError where graph and manifest disagree about the cache, InputError for a chunk below 1.
         """
@@ -39,9 +41,13 @@ class Decoder:
         self._spec = spec
         self._chunk = chunk
         self._vocabulary = vocabulary
+        self._graphs = StepGraphs(self._cache_of_graph, spec.max_length) if step_graph else None
+        self._prompt_options = graph_run_options(NOT_CAPTURED) if step_graph else None
 
     def new_cache(self, max_length: int) -> Cache:
         """An empty cache on the decoder's device."""
+        if self._graphs is not None:
+            return self._graphs.lend(max_length)
         return Cache(self._session, self._spec, max_length)
 
     def prefill(self, embeds_SD: Array, position_ids: Array, cache: Cache, *, all_logits: bool = False) -> Array:
@@ -69,11 +75,10 @@ class Decoder:
         """
         cache.require(1)
         if cache.step_buffers is None:
-            constants = self._switches(all_logits=False)
-            cache.step_buffers = StepBuffers(self._session, cache.new_binding(), cache.max_length, constants)
+            cache.step_buffers = self._step_buffers(cache)
         binding = cache.step_buffers.fill(embeds_D, position, cache.length + 1)
         with self._session.told_by_file():
-            self._session.raw.run_with_iobinding(binding)
+            self._session.raw.run_with_iobinding(binding, cache.step_options)
         cache.advance(1)
         return cache.step_buffers.logits()
 
@@ -92,9 +97,19 @@ class Decoder:
         logits = np.empty(shape, self._session.outputs["logits"].dtype)
         binding.bind_ortvalue_output("logits", ort_value(logits))
         with self._session.told_by_file():
-            self._session.raw.run_with_iobinding(binding)
+            self._session.raw.run_with_iobinding(binding, self._prompt_options)
         cache.advance(num_tokens)
         return logits[0].astype(np.float32, copy=False)
+
+    def _step_buffers(self, cache: Cache) -> StepBuffers:
+        constants = self._switches(all_logits=False)
+        binding, fixed_mask = cache.new_binding(), self._graphs is not None
+        return StepBuffers(self._session, binding, cache.max_length, constants, fixed_mask=fixed_mask)
+
+    def _cache_of_graph(self, max_length: int) -> Cache:
+        cache = Cache(self._session, self._spec, max_length)
+        cache.step_buffers = self._step_buffers(cache)
+        return cache
 
     def _switches(self, *, all_logits: bool) -> dict[str, Array]:
         """The input that says how many positions get logits (0: all), where the graph has it."""

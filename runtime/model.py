@@ -50,6 +50,7 @@ class LoadOptions:
     cache_length: int | None = None  # the most tokens a sequence may have; None: what the model was made for
     prefill_chunk: int = 256  # tokens of a prompt that go through the decoder at once; bounds the memory of a prefill
     video_rule: str | None = None  # one of positions.VIDEO_RULES, in place of the manifest's, to compare like with like
+    cuda_graph: bool = False  # decode steps are captured once and replayed (see device.py); one answer at a time
 
     def __post_init__(self) -> None:
         if self.num_threads is not None and self.num_threads < 1:
@@ -74,6 +75,8 @@ class Model:
         self.options = options
         if self.manifest.cache is not None:
             check_cache_limit(self.manifest.cache, options.cache_length)
+        if options.cuda_graph and self.manifest.target != "cuda":
+            raise InputError(f"cuda_graph: a package of target {self.manifest.target} has none; leave it out")
         require_onnxruntime(self.manifest.target)
         self._opening = threading.RLock()
         self._sessions: dict[str, GraphSession] = {}
@@ -90,12 +93,14 @@ class Model:
         cache_length: int | None = None,
         prefill_chunk: int = 256,
         video_rule: str | None = None,
+        cuda_graph: bool = False,
     ) -> Self:
         """Opens a package folder, its first variant where none is named. The rest is LoadOptions.
 
         Raises PackageError, InputError, or MissingDependencyError where onnxruntime is not installed.
         """
-        return cls(Package.open(path), variant, LoadOptions(num_threads, cache_length, prefill_chunk, video_rule))
+        options = LoadOptions(num_threads, cache_length, prefill_chunk, video_rule, cuda_graph)
+        return cls(Package.open(path), variant, options)
 
     def close(self) -> None:
         """Lets go of every graph. A later call opens them again."""
@@ -337,7 +342,12 @@ class Model:
         with self._opening:
             if role not in self._sessions:
                 path = self.package.graph_path(role, self.variant.name)
-                self._sessions[role] = open_session(path, self.manifest.target, num_threads=self.options.num_threads)
+                self._sessions[role] = open_session(
+                    path,
+                    self.manifest.target,
+                    num_threads=self.options.num_threads,
+                    cuda_graph=self.options.cuda_graph and role == "decoder",
+                )
             return self._sessions[role]
 
     @property
@@ -345,7 +355,12 @@ class Model:
         """The decoder graph with its cache. Raises PackageError where graph and manifest disagree."""
         with self._opening:
             if self._decoder is None:
-                self._decoder = Decoder(self.session("decoder"), self.cache_spec, chunk=self.options.prefill_chunk)
+                self._decoder = Decoder(
+                    self.session("decoder"),
+                    self.cache_spec,
+                    chunk=self.options.prefill_chunk,
+                    step_graph=self.options.cuda_graph,
+                )
             return self._decoder
 
     @property

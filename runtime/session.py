@@ -99,12 +99,18 @@ class GraphSession:
 
 
 def open_session(
-    path: Path, target: Device = "cpu", *, num_threads: int | None = None, profile: Path | None = None
+    path: Path,
+    target: Device = "cpu",
+    *,
+    num_threads: int | None = None,
+    profile: Path | None = None,
+    cuda_graph: bool = False,
 ) -> GraphSession:
     """Loads a graph for the target of its package: "cpu" on the CPU, "cuda" on the GPU with no silent fall-back.
 
     num_threads: threads of one operator; None leaves the choice to ONNX Runtime (one a physical core). profile: ONNX
-    Runtime writes down what it runs, into a file whose name begins so (see placement.py).
+    Runtime writes down what it runs, into a file whose name begins so (see placement.py). cuda_graph: calls can be
+    captured and replayed (see device.py).
     Raises MissingDependencyError without a fitting onnxruntime, PackageError for a graph that it cannot load.
     """
     if num_threads is not None and not 1 <= num_threads <= _MAX_THREADS:
@@ -120,7 +126,9 @@ def open_session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     try:
-        raw = ort.InferenceSession(str(path), sess_options=options, providers=_providers(target), enable_fallback=0)
+        raw = ort.InferenceSession(
+            str(path), sess_options=options, providers=_providers(target, cuda_graph), enable_fallback=0
+        )
         session = GraphSession(raw, path, target)
     except _ort_errors() as error:
         raise PackageError(
@@ -161,11 +169,14 @@ def require_onnxruntime(target: Device = "cpu") -> Any:
     return ort
 
 
-def _providers(target: Device) -> list[Any]:
+def _providers(target: Device, cuda_graph: bool) -> list[Any]:
     if target == "cpu":
         return ["CPUExecutionProvider"]
     # TF32 keeps 10 bits of mantissa: it would show up in the parity report as an error of ours.
-    return [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
+    return [
+        ("CUDAExecutionProvider", {"use_tf32": "0", "enable_cuda_graph": str(int(cuda_graph))}),
+        "CPUExecutionProvider",
+    ]
 
 
 def _ort_errors() -> tuple[type[Exception], ...]:
