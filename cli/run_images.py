@@ -57,7 +57,8 @@ def execute(model: Model, args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """The options among `names` that were given, as the user wrote them."""
-    given = [name for name in names if getattr(args, name) not in (None, [], False)]
+    values = {name: getattr(args, name) for name in names}
+    given = [name for name, value in values.items() if value is not None and value is not False and value != []]
     return ["PROMPT" if name == "prompt" else f"--{name.replace('_', '-')}" for name in given]
 
 

@@ -289,8 +289,9 @@ def native_size(height: int, width: int, spec: ImageSpec, min_pixels: int, max_p
         rows, columns = (max(1, math.floor(side * scale / size)) for side in (height, width))
     if min(rows, columns) < 1:
         raise InputError(
-            f"{width}x{height} is too long for its width: within {spec.max_sides[1]}x{spec.max_sides[0]} its short "
-            f"side has less than half a patch of {size} pixels; crop or pad it"
+            f"{width}x{height} is too narrow: of at most {max_pixels} pixels, within "
+            f"{spec.max_sides[1]}x{spec.max_sides[0]}, its short side has less than half a patch of {size} pixels; "
+            "crop or pad it"
         )
     return rows * size, columns * size
 

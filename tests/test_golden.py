@@ -135,7 +135,7 @@ def test_float32_passes_every_case_of_every_family(golden, package_of):
         assert rows["input_ids"].values["num_different"] == 0
     # `extra.*` are upstream's inner values; all else is there to be compared.
     left_out = {record.stage for record in variant.not_compared if not record.stage.startswith("extra.")}
-    assert left_out <= {"patch_embed"}
+    assert left_out <= {"patch_embed", "tokens_in"}  # inner values of an encoder
 
 
 @pytest.mark.parametrize("name", NAMES)
