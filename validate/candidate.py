@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..runtime.image import Patches
-from ..runtime.manifest import VisionSpec
+from ..runtime.manifest import ImageSpec, VisionSpec
 from ..runtime.model import Model
 from ..runtime.prepare import Prepared
 from ..runtime.vision_inputs import vision_inputs
 from .stages import Stages
 
-__all__ = ["Key", "candidate_stages"]
+__all__ = ["Key", "candidate_stages", "visible_tokens"]
 
 Array = NDArray[Any]
 Key = tuple[str, str | None, int | None]
@@ -29,6 +29,7 @@ def candidate_stages(model: Model, prepared: Prepared, stages: Stages) -> dict[K
         ("position_ids", None, None): prepared.position_ids,
         ("extra.rope_deltas", None, None): np.array([prepared.rope_delta]),
         ("extra.input_ids", None, None): prepared.input_ids,
+        ("extra.attention_mask", None, None): visible_tokens(prepared).astype(np.uint8),
         ("inputs_embeds", None, None): stages.inputs_embeds,
         ("prefill_logits", None, None): stages.prefill_logits,
         ("prefill_logits_last", None, None): stages.prefill_logits[-1],
@@ -44,13 +45,29 @@ def candidate_stages(model: Model, prepared: Prepared, stages: Stages) -> dict[K
     for modality in (None, "image", "video"):
         picked = [i for i, run in enumerate(prepared.runs) if modality in (None, run.kind)]
         if picked:
-            found |= _visual_stages(
-                model.manifest.vision,
-                modality,
-                [prepared.visuals[i] for i in picked],
-                [vision[i] for i in picked],
-                [features[i] for i in picked],
-            )
+            shown = [prepared.visuals[i] for i in picked]
+            rows = [vision[i] for i in picked], [features[i] for i in picked]
+            found |= _visual_stages(model.manifest.vision, modality, shown, *rows)
+            if model.manifest.image is not None and model.manifest.image.slices is not None:
+                found |= _tile_stages(model.manifest.image, modality, shown)
+    return found
+
+
+def visible_tokens(prepared: Prepared) -> Array:
+    """Which tokens of a prompt the decoder sees, bool [S]."""
+    return np.ones(len(prepared.input_ids), bool) if prepared.visible is None else prepared.visible
+
+
+def _tile_stages(spec: ImageSpec, modality: str | None, tiles: Sequence[Patches]) -> dict[Key, Array]:
+    """Pixels of tiles as upstream lays them out: a strip [3, p, p * patches] a tile, one flat row all together."""
+    size = spec.patch_size
+    strips = [tile.pixel_values.reshape(-1, 3, size, size).transpose(1, 2, 0, 3).reshape(3, size, -1) for tile in tiles]
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (spec.mean, spec.std))
+    bytes_ = [np.rint((strip * std + mean) / spec.rescale).astype(np.uint8) for strip in strips]
+    found: dict[Key, Array] = {("tgt_sizes", modality, None): np.array([tile.grid[1:] for tile in tiles])}
+    for stage, arrays in (("pixel_values", strips), ("pixels_u8", bytes_)):
+        found[stage, modality, None] = np.concatenate([array.reshape(-1) for array in arrays])
+        found |= {(stage, modality, index): array for index, array in enumerate(arrays)}
     return found
 
 

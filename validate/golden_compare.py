@@ -19,7 +19,7 @@ from ..runtime.model import Model
 from ..runtime.positions import VIDEO_RULES
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
-from .candidate import Key, candidate_stages
+from .candidate import Key, candidate_stages, visible_tokens
 from .compare import (
     Choices,
     Comparison,
@@ -30,6 +30,7 @@ from .compare import (
     compare_tensors,
 )
 from .golden import AlternativeCase, Batch, Case, Generating, Golden, HashEntry, StageEntry, request_messages
+from .golden_rows import at_visible, is_joint, row_of, token_axis, unpadded
 from .metrics import margins
 from .stages import run_stages
 
@@ -53,6 +54,7 @@ _KINDS = {
     "past_key": "past",
     "past_value": "past",
 }
+_HIDDEN = "upstream hides them from all other tokens, so they are left out"
 _LOGITS = ("prefill_logits", "prefill_logits_last", "step_logits")
 _IDS = "extra.generated_ids"
 _MROPE_ALTERNATIVE = re.compile(r"mrope_transformers_(\d+\.\d+)(\.\d+)*")
@@ -66,6 +68,7 @@ class _Run:
     stages: Mapping[Key, Array]
     input_ids: Array
     generated_ids: tuple[int, ...]
+    visible: Array  # bool, one a token of input_ids
 
 
 def compare_golden(
@@ -124,7 +127,7 @@ def _run(
     except VlmportError as error:
         records.append(Comparison(sample, "request", "exact", num_values=1, num_different=1, note=str(error)))
         return None
-    return _Run(candidate_stages(model, prepared, stages), prepared.input_ids, ids)
+    return _Run(candidate_stages(model, prepared, stages), prepared.input_ids, ids, visible_tokens(prepared))
 
 
 def _generate(model: Model, prepared: Prepared, setting: Generating) -> tuple[int, ...]:
@@ -139,11 +142,14 @@ def _compare_case(golden: Golden, name: str, case: Case, run: _Run, tie_margin: 
         records.append(compare_ids(name, "input_ids", np.array(case.input_ids), run.input_ids))
     for entry in case.stages:
         if entry.stage != _IDS:  # the same as generated_ids of the JSON, which is compared below
-            records.append(_compare_entry(name, entry, golden.tensors[entry.tensor], run.stages))
+            records += _compare_entry(name, entry, golden.tensors[entry.tensor], run.stages, run.visible)
     for entry in case.hashes.values():
+        if token_axis(entry.stage) is not None and not run.visible.all():
+            records.append(NotCompared(name, f"{entry.stage} (hash) of hidden tokens", _HIDDEN))
+            continue
         records += compare_hash(name, entry, case.stages, run.stages)
     if case.prefill_argmax is not None:
-        records.append(_compare_argmax(name, case.prefill_argmax, run.stages, tie_margin))
+        records.append(_compare_argmax(name, case.prefill_argmax, run, tie_margin))
     records += _compare_generation(golden, name, case, case.stages, run, tie_margin)
     return records
 
@@ -167,7 +173,7 @@ def _compare_alternative(
         return records
     for entry in case.stages:
         if entry.stage != _IDS:
-            records.append(_compare_entry(sample, entry, golden.tensors[entry.tensor], run.stages))
+            records += _compare_entry(sample, entry, golden.tensors[entry.tensor], run.stages, run.visible)
     return records + _compare_generation(golden, sample, case, case.stages, run, tie_margin)
 
 
@@ -176,8 +182,10 @@ def _compare_batch(
 ) -> list[Record]:
     """Each row alone against its row of the padded batch: the runtime needs no batch to answer several prompts."""
     records: list[Record] = []
-    mask = np.array(batch.attention_mask, dtype=bool)
+    mask = unpadded(np.array(batch.attention_mask, dtype=bool))
     ids = np.array(batch.input_ids)
+    for entry in filter(is_joint, batch.stages):
+        records += _compare_joint(golden, name, batch.rows, entry, runs)
     records += [NotCompared(name, f"{key} (hash)", "is of the padded batch as a whole") for key in batch.hashes]
     for row, case_name in enumerate(batch.rows):
         sample = f"{name}[{row}] {case_name}, row alone"
@@ -188,39 +196,51 @@ def _compare_batch(
         records.append(compare_ids(sample, "input_ids", ids[row][mask[row]], run.input_ids))
         step_logits = None
         for entry in batch.stages:
-            array = _row_of(entry, golden.tensors[entry.tensor], row, mask)
+            if is_joint(entry):
+                continue
+            array = row_of(entry, golden.tensors[entry.tensor], row, mask)
             if entry.stage == "step_logits" and entry.part is None:
                 step_logits = array
             if entry.stage in ("extra.rope_deltas", "extra.attention_mask"):
                 records.append(NotCompared(sample, entry.stage, "counts the padding of the batch"))
             elif entry.stage not in (_IDS, "extra.input_ids"):
-                records.append(_compare_entry(sample, entry, array, run.stages))
+                records += _compare_entry(sample, entry, array, run.stages, run.visible)
         ids_row = batch.generated_ids[row]
         records.append(compare_generation(sample, ids_row, run.generated_ids, step_logits, tie_margin))
     return records
 
 
-def _row_of(entry: StageEntry, array: Array, row: int, mask: Array) -> Array:
-    """The meaningful part of one row of a batch's tensor."""
-    if entry.valid is None:
-        alone = array[row]
-        return alone[mask[row]] if array.shape == mask.shape else alone
-    axis = entry.valid.axis - (entry.valid.axis > entry.valid.row_axis)
-    span = slice(entry.valid.start[row], entry.valid.stop[row])
-    return array.take(row, axis=entry.valid.row_axis)[(slice(None),) * axis + (span,)]
+def _compare_joint(
+    golden: Golden, name: str, rows: Sequence[str], entry: StageEntry, runs: Mapping[str, _Run]
+) -> list[Record]:
+    """A tensor of all rows in one, against those of the rows alone, one after the other."""
+    key: Key = (entry.stage, entry.modality, entry.index)
+    alone = [runs[row].stages[key] for row in rows if row in runs and key in runs[row].stages]
+    if len(alone) < len(rows) or entry.index is not None:
+        return [NotCompared(name, entry.stage, "is of the batch as a whole")]
+    stages: dict[Key, Array] = {key: np.concatenate(alone)}
+    return _compare_entry(f"{name}, rows alone", entry, golden.tensors[entry.tensor], stages, np.ones(0, bool))
 
 
-def _compare_entry(sample: str, entry: StageEntry, reference: Array, stages: Mapping[Key, Array]) -> Record:
+def _compare_entry(
+    sample: str, entry: StageEntry, reference: Array, stages: Mapping[Key, Array], visible: Array
+) -> list[Record]:
+    """One record, and one more where tokens are hidden that the stage has rows for."""
     candidate = stages.get((entry.stage, entry.modality, entry.index))
     if candidate is None:
-        return NotCompared(sample, entry.stage, "the package's graphs and runtime do not give it")
-    if entry.part is not None:
+        return [NotCompared(sample, entry.stage, "the package's graphs and runtime do not give it")]
+    axis = token_axis(entry.stage)
+    hidden: list[Record] = []
+    if axis is not None and not visible.all():
+        reference, candidate = at_visible(entry, axis, reference, candidate, visible)
+        hidden.append(NotCompared(sample, f"{entry.stage} of hidden tokens", _HIDDEN))
+    elif entry.part is not None:
         candidate = candidate[(slice(None),) * entry.part.axis + (slice(entry.part.start, entry.part.stop),)]
     if np.issubdtype(reference.dtype, np.integer):
-        return compare_ids(sample, entry.stage, reference, candidate)
+        return [compare_ids(sample, entry.stage, reference, candidate), *hidden]
     kind = _KINDS.get(entry.stage.split(".")[0], "vision")
     compare = compare_logits if entry.stage in _LOGITS else compare_tensors
-    return compare(sample, entry.stage, kind, reference, candidate)
+    return [compare(sample, entry.stage, kind, reference, candidate), *hidden]
 
 
 def compare_hash(
@@ -260,12 +280,12 @@ def compare_hash(
     return [compare_tensors(sample, f"{entry.stage} ({', '.join(known)})", kind, reference, found)]
 
 
-def _compare_argmax(
-    sample: str, reference: Sequence[int], stages: Mapping[Key, Array], tie_margin: float
-) -> Comparison:
+def _compare_argmax(sample: str, reference: Sequence[int], run: _Run, tie_margin: float) -> Comparison:
     """First choices at every position of the prefill. Upstream records no margins there, so the variant's own count."""
-    logits = stages["prefill_logits", None, None]
+    logits = run.stages["prefill_logits", None, None]
     found, expected = logits.argmax(axis=-1), np.array(reference)
+    if len(expected) == len(run.visible):
+        expected = expected[run.visible]
     if found.shape != expected.shape:
         return compare_ids(sample, "prefill_argmax", expected, found, "argmax")
     same = found == expected
