@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "export": "make a package from a checkpoint",
     "quantize": "add a variant to a package",
+    "prepare": "make a package load faster and leaner on this box",
     "run": "answer a prompt about images and videos",
     "validate": "compare a package with its reference, stage by stage",
     "verify": "check the files of a package, then its golden case, on this box",

@@ -28,6 +28,7 @@ from .manifest import CacheSpec, GenerationDefaults, Manifest
 from .package import Package
 from .positions import VIDEO_RULES
 from .prepare import Prepared, prepare_ids, prepare_messages
+from .prepared_copy import open_graph
 from .prompt import PromptBuilder
 from .sample import Sampler
 from .session import Array, GraphSession, open_session, require_onnxruntime
@@ -341,12 +342,16 @@ class Model:
         """The graph of a role. Raises PackageError where the package has none."""
         with self._opening:
             if role not in self._sessions:
-                path = self.package.graph_path(role, self.variant.name)
-                self._sessions[role] = open_session(
-                    path,
-                    self.manifest.target,
-                    num_threads=self.options.num_threads,
-                    cuda_graph=self.options.cuda_graph and role == "decoder",
+                self._sessions[role] = open_graph(
+                    self.package,
+                    role,
+                    self.variant.name,
+                    lambda path: open_session(
+                        path,
+                        self.manifest.target,
+                        num_threads=self.options.num_threads,
+                        cuda_graph=self.options.cuda_graph and role == "decoder",
+                    ),
                 )
             return self._sessions[role]
 

@@ -1,6 +1,7 @@
 """Opens one graph of a package in ONNX Runtime, which is imported here and only when a graph is opened."""
 
 import importlib
+import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,9 +11,18 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError, MissingDependencyError, PackageError
+from .errors import CapacityError, InputError, MissingDependencyError, PackageError
 
-__all__ = ["Array", "Device", "GraphSession", "TensorSpec", "open_session", "ort_value", "require_onnxruntime"]
+__all__ = [
+    "Array",
+    "Device",
+    "GraphSession",
+    "TensorSpec",
+    "open_session",
+    "ort_value",
+    "require_onnxruntime",
+    "save_prepared",
+]
 
 Array = NDArray[Any]
 Device = Literal["cpu", "cuda"]
@@ -28,6 +38,8 @@ _DTYPES = {
 }
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0;cpu:0"}
 _MAX_THREADS = 1024  # more would take minutes to start
+_FATAL_ONLY = 4
+_NO_ROOM = 1 << 20  # bytes: a disk with less is full
 _ERRORS_ONLY = 3  # ONNX Runtime warns of every initializer that is also an input, as num_logits_to_keep is on purpose
 
 
@@ -120,6 +132,8 @@ def open_session(
     ort = require_onnxruntime(target)
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
+    # CPUs without VNNI add up pairs of 8-bit products in 16 bits, which overflow: there, and only there, be exact.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     if profile is not None:
@@ -140,6 +154,26 @@ def open_session(
             "CUDA and cuDNN libraries it was built for, or export with --target cpu"
         )
     return session
+
+
+def save_prepared(path: Path, graph: Path, data: Path) -> None:
+    """Loads a graph on the CPU and saves it as ONNX Runtime then holds it: optimized, and with the packed weights.
+
+    Raises PackageError for a graph that it cannot load, CapacityError where it cannot write.
+    """
+    ort = require_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL_ONLY  # it warns that the file fits this machine alone, which is the point
+    options.optimized_model_filepath = str(graph)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    try:
+        ort.InferenceSession(str(path), sess_options=options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except _ort_errors() as error:
+        # It tells a full disk as any other failure, so ask the disk.
+        if shutil.disk_usage(graph.parent).free < _NO_ROOM:
+            raise CapacityError(f"{data}: cannot be written, the disk is full; make room") from error
+        raise PackageError(f"{path}: ONNX Runtime {ort.__version__} cannot save it: {_first_line(error)}") from error
 
 
 def ort_value(array: Array, device: Device = "cpu") -> Any:

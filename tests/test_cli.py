@@ -25,6 +25,7 @@ from vlmport.runtime.errors import InputError
 OPTIONS = {
     "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", "--target", "--overwrite"],
     "quantize": ["PACKAGE", "--recipe", "--block-size", "--method", "--checkpoint"],
+    "prepare": ["PACKAGE", "--variant", "--list", "--remove", "--json"],
     "run": [
         *("PACKAGE", "PROMPT", "--image", "--video", "--system", "--variant", "--json"),
         *("--max-new-tokens", "--stop", "--cache-length", "--max-pixels", "--fps"),

@@ -74,7 +74,7 @@ def test_every_runtime_module_imports_with_its_own_dependencies_only() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("command", ["run", "verify", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["prepare", "run", "verify", "inspect", "bench"])
 def test_commands_of_the_edge_need_the_runtime_only(command: str, tmp_path: Path) -> None:
     extra = {"run": ["hello"]}.get(command, [])
     call = ["vlmport", command, str(tmp_path), *extra]
