@@ -52,10 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--seed", metavar="N", type=int, help="draw the same again")
     run_images.add_arguments(parser.add_argument_group("images alone (a package without a decoder)"))
     parser.add_argument("--threads", metavar="N", type=int, help="CPU threads (default: one a core)")
+    parser.add_argument("--cuda-graph", action="store_true", help="capture the decode step once (target cuda)")
 
 
 def execute(args: argparse.Namespace) -> int:
-    with load(args.package, args.variant, num_threads=args.threads, cache_length=args.cache_length) as model:
+    with load(
+        args.package,
+        args.variant,
+        num_threads=args.threads,
+        cache_length=args.cache_length,
+        cuda_graph=args.cuda_graph,
+    ) as model:
         if "decoder" not in model.manifest.roles:
             return run_images.execute(model, args)
         run_images.refuse(args)

@@ -31,6 +31,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     "Concat": {
         ("float32", "float32"): True,
         ("float32", "float32", "float32"): True,
+        ("float32", "float32", "float32", "float32"): True,
         ("int64", "int64"): True,
         ("int64", "int64", "int64"): True,
     },
@@ -60,6 +61,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "LayerNormalization": {
         ("float16", "float16", "float16"): True,
+        ("float32", "float32", "float32"): True,
     },
     "Less": {
         ("int64", "int64"): True,
@@ -71,6 +73,8 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     "Mul": {
         ("float16", "float16"): True,
         ("float32", "float32"): True,
+        ("int32", "int32"): True,
+        ("int64", "int64"): True,
     },
     "NonZero": {
         ("bool",): True,
@@ -80,6 +84,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "RMSNormalization": {
         ("float16", "float16"): True,
+        ("float32", "float16"): True,
         ("float32", "float32"): True,
     },
     "Range": {
@@ -122,7 +127,6 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
         ("float32",): True,
     },
     "Slice": {
-        ("float16", "int64", "int64", "int64"): True,
         ("float16", "int64", "int64", "int64", "int64"): True,
         ("float32", "int64", "int64", "int64"): True,
         ("float32", "int64", "int64", "int64", "int64"): True,

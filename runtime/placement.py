@@ -10,7 +10,6 @@ from typing import Any
 
 from PIL import Image
 
-from .errors import InputError
 from .model import LoadOptions, Model
 from .package import Package
 from .session import GraphSession, open_session
@@ -49,7 +48,7 @@ def measure(package: Package, variant: str) -> dict[str, RolePlacement]:
     """Runs a small request (a picture, if the package sees, and a word) and tells where each node ran, by role.
 
     Nodes that the request does not reach are missing. Raises MissingDependencyError without the target's provider,
-    PackageError for a graph that cannot run, InputError for a package that answers nothing.
+    PackageError for a graph that cannot run.
     """
     with tempfile.TemporaryDirectory(prefix="vlmport-profile-") as folder:
         model = _Profiled(package, variant, Path(folder))
@@ -78,14 +77,13 @@ class _Profiled(Model):
 
 
 def _run_request(model: Model) -> None:
-    roles = model.manifest.roles
     picture = Image.new("RGB", (_SIDE, _SIDE), "gray")
+    if "decoder" not in model.manifest.roles:
+        model.encode_images([picture])
+        return
     seen: list[dict[str, Any]] = [{"type": "image", "image": picture}] if model.manifest.image is not None else []
     message = {"role": "user", "content": [*seen, {"type": "text", "text": "a"}]}
-    if "decoder" in roles:
-        model.generate([message], max_new_tokens=2, temperature=0.0, ignore_eos=True)
-        return
-    raise InputError(f"{model.package.path}: placement is told of packages with a decoder; this one has {roles}")
+    model.generate([message], max_new_tokens=2, temperature=0.0, ignore_eos=True)
 
 
 def _read(file: Path) -> list[dict[str, Any]]:

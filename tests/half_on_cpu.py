@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vlmport.export.lower.attention import LoopSegmentAttention
+from vlmport.export.placement import typed
 from vlmport.runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
 
 __all__ = ["half_on_cpu", "package_on_cpu"]
@@ -25,6 +26,10 @@ EXACT |= {"Squeeze", "Transpose", "Unsqueeze", "GroupQueryAttention", "MatMulNBi
 
 def half_on_cpu(model: ir.Model) -> None:
     """Changes a lowered cuda graph in place."""
+    inferred = {value.name: value.type for node in typed(model).graph for value in node.outputs}
+    for node in model.graph:
+        for value in node.outputs:
+            value.type = inferred.get(value.name, value.type)
     for node in list(model.graph):
         if node.op_type == "PackedMultiHeadAttention":
             _segment_attention(model, node)
@@ -57,7 +62,7 @@ def _round_results(node: ir.Node) -> None:
         graph.insert_before(node, cast)
         node.replace_input_with(index, cast.outputs[0])
     for value in node.outputs:
-        if value.dtype == HALF or (value.dtype is None and halves):
+        if value.dtype == HALF:
             value.type = ir.TensorType(SINGLE)  # not value.dtype: values may share the object
             cast = ir.node("Cast", [value], {"to": HALF})
             cast.outputs[0].type = ir.TensorType(HALF)

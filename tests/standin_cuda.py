@@ -29,7 +29,8 @@ int cudaGetDevice(int *n) { *n = 0; return 0; }
 int cudaDriverGetVersion(int *v) { *v = 13000; return 0; }
 int cudaRuntimeGetVersion(int *v) { *v = 13000; return 0; }
 int cudaGetDeviceProperties(char *p, int d) {
-  memset(p, 0, 800); strcpy(p, "stand-in"); *(size_t *)(p + 288) = (size_t)24 << 30; return 0;
+  memset(p, 0, 800); strcpy(p, "stand-in"); *(size_t *)(p + 288) = (size_t)24 << 30;  // the rest: warp, block, grid
+  int *q = (int *)p; q[77] = 32; q[80] = 1024; q[84] = q[85] = q[86] = 65535; q[90] = 9; return 0;
 }
 int cudaDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 9 : a == 76 ? 0 : a == 16 ? 100 : 49152; return 0; }
 int cudaMalloc(void **p, size_t n) { *p = malloc(n); return *p ? 0 : 2; }

@@ -76,6 +76,25 @@ def test_half_on_cpu_overflows_where_float16_does() -> None:
     assert np.isinf(session(model).run(None, feeds)[0])
 
 
+@pytest.mark.parametrize("role", ["vision_encoder", "decoder"])
+def test_residual_stream_leaves_the_range_of_float16(role: str) -> None:
+    """A last MLP that adds some 200,000 to the stream: infinite in float16, and NaN behind the next norm."""
+    spec, module = role_of("qwen2_5_vl", role), torch_module(role_of("qwen2_5_vl", role))
+    *_, weight = (p for name, p in module.named_parameters() if name.endswith("down_proj.weight"))
+    weight.data *= 3e5 / weight.abs().max()
+    with np.errstate(over="ignore"):
+        weight.data.clamp_(-6e4, 6e4)  # in range, as are the weights of any checkpoint
+    model = with_values(lowered("qwen2_5_vl", role, "cuda"), module)
+    half_on_cpu(model)
+    half, single = session(model), session(with_values(lowered("qwen2_5_vl", role, "cpu"), module))
+    feeds = {port.name: example(port.name, port.shape, port.dtype, SIZES[1]) for port in spec.inputs}
+    narrow = {port.name for port in spec.inputs if port.dtype == "compute"}
+    want = single.run(None, feeds)[0]
+    have = half.run(None, {n: f.astype(np.float16) if n in narrow else f for n, f in feeds.items()})[0]
+    assert role == "decoder" or np.abs(want).max() > 65504
+    assert np.abs(want - have).max() < 0.02 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 5])
 def test_last_positions_keep_what_they_keep_on_the_cpu(count: int) -> None:
     x, n = ir.val("x", ir.DataType.FLOAT, ["b", "s", 2]), ir.val("n", ir.DataType.INT64, [1])

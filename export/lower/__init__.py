@@ -11,6 +11,7 @@ from .attention import LoopSegmentAttention, LowerCachedAttention, PackSegmentAt
 from .cross_attention import LoopCrossAttention, MaskCrossAttention
 from .cuda import LastPositionsOnHost
 from .elementwise import LowerFloatConstant, LowerLastPositions, LowerRMSNorm, LowerRotary
+from .residual import WideResidual
 from .tidy import FoldSmallConstants, Tidy
 from .weights import LowerEmbedding, LowerLinear
 
@@ -26,6 +27,7 @@ COMPUTE_DTYPE: dict[Target, Literal["float32", "float16"]] = {
 _SEGMENT_ATTENTION = {"cpu": LoopSegmentAttention, "cuda": PackSegmentAttention}
 _CROSS_ATTENTION = {"cpu": LoopCrossAttention, "cuda": MaskCrossAttention}
 _LAST_POSITIONS = {"cpu": LowerLastPositions, "cuda": LastPositionsOnHost}
+_FINISHING: dict[Target, tuple[InPlacePass, ...]] = {"cpu": (), "cuda": (WideResidual(),)}
 
 
 def lower(model: ir.Model, target: Target) -> None:
@@ -43,6 +45,7 @@ def lower(model: ir.Model, target: Target) -> None:
         _SEGMENT_ATTENTION[target](),
         _CROSS_ATTENTION[target](),
         LowerCachedAttention(),
+        *_FINISHING[target],
         Tidy(),
     ]
     Sequential(*passes)(model)
