@@ -16,6 +16,8 @@ from .rewriter import MICROSOFT, attribute, replace_operator
 
 __all__ = ["LoopSegmentAttention", "LowerCachedAttention", "PackSegmentAttention", "token_offset"]
 
+# Neighbours of equal length make a run, and a run is one call with a batch axis: the windows of an image, the frames of
+# a clip. Where all segments are equal there is one run, and nothing is sliced, collected or joined.
 _SEGMENT_FUNCTION = """
 <domain: "vlmport", opset_import: ["": 23, "com.microsoft": 1]>
 SegmentAttention <num_heads, scale> (q, k, v, cu_seqlens) => (out)
@@ -27,35 +29,68 @@ SegmentAttention <num_heads, scale> (q, k, v, cu_seqlens) => (out)
     bounds = Cast <to = 7> (cu_seqlens)
     starts = Slice (bounds, zero, minus_one, zero)
     stops = Slice (bounds, one, end, zero)
-    num_segments = Shape (starts)
-    trips = Squeeze (num_segments)
-    q3 = Unsqueeze (q, zero)
-    k3 = Unsqueeze (k, zero)
-    v3 = Unsqueeze (v, zero)
-    condition = Constant <value = bool {1}> ()
-    rows = SequenceEmpty <dtype = 1> ()
-    segments = Loop (trips, condition, rows) <body = one_segment (int64 i, bool going, seq(float[1, s, d]) done)
-        => (bool still_going, seq(float[1, s, d]) grown)
+    lengths = Sub (stops, starts)
+    first_lengths = Slice (lengths, zero, minus_one, zero)
+    next_lengths = Slice (lengths, one, end, zero)
+    same = Equal (first_lengths, next_lengths)
+    differs = Not (same)
+    change_2d = NonZero (differs)
+    change = Reshape (change_2d, minus_one)
+    next_first = Add (change, one)
+    firsts = Concat <axis = 0> (zero, next_first)
+    num_segments = Shape (lengths)
+    last = Sub (num_segments, one)
+    lasts = Concat <axis = 0> (change, last)
+    run_starts = Gather (starts, firsts)
+    run_stops = Gather (stops, lasts)
+    run_lengths = Gather (lengths, firsts)
+    width = Shape <start = 1, end = 2> (q)
+    runs_1 = Shape (firsts)
+    num_runs = Squeeze (runs_1)
+    flat = Concat <axis = 0> (minus_one, width)
+    single = Constant <value = int64 {1}> ()
+    is_one_run = Equal (num_runs, single)
+    out = If (is_one_run) <then_branch = one_run () => (float[n, d] together)
     {
-        still_going = Identity (going)
-        index = Unsqueeze (i, zero)
-        start = Gather (starts, index)
-        stop = Gather (stops, index)
-        q_segment = Slice (q3, start, stop, one)
-        k_segment = Slice (k3, start, stop, one)
-        v_segment = Slice (v3, start, stop, one)
-        y = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>
-            (q_segment, k_segment, v_segment)
-        grown = SequenceInsert (done, y)
+        batched = Concat <axis = 0> (minus_one, run_lengths, width)
+        q_batch = Reshape (q, batched)
+        k_batch = Reshape (k, batched)
+        v_batch = Reshape (v, batched)
+        y_batch = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>
+            (q_batch, k_batch, v_batch)
+        together = Reshape (y_batch, flat)
+    }, else_branch = several_runs () => (float[m, d] joined)
+    {
+        condition = Constant <value = bool {1}> ()
+        none = SequenceEmpty <dtype = 1> ()
+        rows = Loop (num_runs, condition, none) <body = one_of_them (int64 i, bool going, seq(float[s, d]) done)
+            => (bool still_going, seq(float[s, d]) grown)
+        {
+            still_going = Identity (going)
+            index = Unsqueeze (i, zero)
+            start = Gather (run_starts, index)
+            stop = Gather (run_stops, index)
+            length = Gather (run_lengths, index)
+            shape = Concat <axis = 0> (minus_one, length, width)
+            q_rows = Slice (q, start, stop, zero)
+            k_rows = Slice (k, start, stop, zero)
+            v_rows = Slice (v, start, stop, zero)
+            q_run = Reshape (q_rows, shape)
+            k_run = Reshape (k_rows, shape)
+            v_run = Reshape (v_rows, shape)
+            y_run = com.microsoft.MultiHeadAttention <num_heads: int = @num_heads, scale: float = @scale>
+                (q_run, k_run, v_run)
+            y_rows = Reshape (y_run, flat)
+            grown = SequenceInsert (done, y_rows)
+        }>
+        joined = ConcatFromSequence <axis = 0> (rows)
     }>
-    joined = ConcatFromSequence <axis = 1> (segments)
-    out = Squeeze (joined, zero)
 }
 """
 
 
 class LoopSegmentAttention(InPlacePass):
-    """SegmentAttention -> a call of a function whose body loops over the segments (CPU)."""
+    """SegmentAttention -> a call of a function whose body loops over runs of equal segments (CPU)."""
 
     def call(self, model: ir.Model) -> PassResult:
         calls = [node for node in model.graph if node.domain == DOMAIN and node.op_type == "SegmentAttention"]
