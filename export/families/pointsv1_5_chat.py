@@ -25,7 +25,7 @@ from .qwen2_5_vl import PROTECTED
 from .qwen2_vl import INDEX_INPUTS, VISION_EPS, VisionConfig, VisionEncoder
 from .qwen2_vl import vision_config as tower_config
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "TEMPLATE"]
 
 MODEL_TYPE = "pointsv1.5_chat"
 ARCHITECTURE = "POINTSV15ChatModel"
@@ -103,7 +103,7 @@ def fused_decoder_config(config: Json) -> DecoderConfig:
         found = norm_type if name == "norm_type" else llm.get(name)
         if found not in (None, wanted):
             raise CheckpointError(f"config.json: {at}{name} is {found!r}; only {wanted!r} is supported")
-    num_heads, width = read_size(config, f"{at}num_attention_heads"), read_size(config, f"{at}hidden_size")
+    num_heads, width = (read_size(config, f"{at}{name}") for name in ("num_attention_heads", "hidden_size"))
     if width % num_heads:
         raise CheckpointError(f"config.json: {at}hidden_size {width} is no multiple of {num_heads} heads")
     head_dim = width // num_heads
@@ -112,7 +112,7 @@ def fused_decoder_config(config: Json) -> DecoderConfig:
     return DecoderConfig(
         width=width,
         inner=read_size(config, f"{at}ffn_hidden_size"),
-        num_layers=read_size(config, f"{at}num_layers", llm.get("num_hidden_layers", 32)),
+        num_layers=read_size(config, f"{at}num_{'layers' if 'num_layers' in llm else 'hidden_layers'}"),
         num_heads=num_heads,
         num_kv_heads=read_size(config, f"{at}num_kv_heads"),
         head_dim=head_dim,
@@ -282,4 +282,5 @@ FAMILY = FamilySpec(
     normalise=lambda name: name,
     unused=unused,
     tiny_config=TINY_CONFIG,
+    remote="_pointsv1_5_chat_remote",
 )
