@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..quant.digest import FileDigests
 from ..quant.recipe import Recipe
 from ..quant.store import Progress
 from ..quant.variant import write_variant
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import SCHEMA, CacheSpec, FileEntry, Manifest, Source, Variant
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
+from .checkpoint import Checkpoint
 from .documents import collect_documents
 from .family import ManifestParts
 from .graphs import FloatGraphs, float_graphs
@@ -45,18 +47,32 @@ def export_checkpoint(
     target_folder = Path(output)
     check_output(target_folder, overwrite)
     _check_names(recipes)
+    # Hashing what is read takes as long as tracing, and goes on beside it.
+    with FileDigests(Checkpoint.open(checkpoint).files) as digests:
+        _export(checkpoint, target_folder, recipes, target, digests, progress, finish)
+    return Package.open(target_folder)
+
+
+def _export(
+    checkpoint: str | Path,
+    output: Path,
+    recipes: Sequence[Recipe],
+    target: Target,
+    digests: FileDigests,
+    progress: Progress,
+    finish: Callable[[Path], None],
+) -> None:
     graphs = float_graphs(checkpoint, target, lambda what: progress(0, 0, what))
     parts = graphs.family.manifest(graphs.checkpoint.config, graphs.checkpoint.documents)
     documents = collect_documents(graphs.checkpoint, with_prompt=parts.prompt is not None, template=parts.template)
-    with whole_folder(target_folder) as folder:
+    with whole_folder(output) as folder:
         for name, content in documents.items():
             (folder / name).write_bytes(content)
         variants, written = _write_variants(graphs, target, recipes, folder / "onnx", progress)
         files = {name: file_entry(folder / name) for name in documents} | written
-        manifest = _manifest(graphs, parts, target, variants, files)
+        manifest = _manifest(graphs, parts, target, variants, files, digests.entries())
         (folder / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
         finish(folder)
-    return Package.open(target_folder)
 
 
 def _check_names(recipes: Sequence[Recipe]) -> None:
@@ -88,6 +104,7 @@ def _manifest(
     target: Target,
     variants: dict[str, Variant],
     files: dict[str, FileEntry],
+    source_files: dict[str, FileEntry],
 ) -> Manifest:
     checkpoint = graphs.checkpoint
     cache: CacheSpec | None = parts.cache
@@ -98,7 +115,7 @@ def _manifest(
         model_type=str(checkpoint.config.get("model_type", graphs.family.name)),
         dtype=checkpoint.dtype,
         num_parameters=graphs.num_parameters,
-        files={file.name: file_entry(file) for file in checkpoint.files},
+        files=source_files,
     )
     return Manifest(
         schema=SCHEMA,

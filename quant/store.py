@@ -6,48 +6,26 @@ rows, and each chunk goes to its place in each of the pieces (codes, scales, zer
 but codes that lie by columns, which are gathered first, a byte a value.
 """
 
-import math
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from ..runtime.errors import CapacityError, CheckpointError, RecipeError
+from ..runtime.errors import CapacityError, CheckpointError
 from ..runtime.manifest import FileEntry, GraphFile, TensorInfo
 from ..runtime.package import file_entry
-from .dynamic import quantize_channels
-from .pack import Piece, pack_codes, pack_zero_points
+from .data_file import Progress, Slot, WeightSource, constant_bytes, disk_errors, write_data
 from .rewrite import StoredTensor
-from .rtn import quantize_rows
 
 __all__ = ["Progress", "WeightSource", "WrittenGraph", "write_graph"]
 
-Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is at work
-
 _INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
-_CHUNK_BYTES = 4 << 20  # float32 bytes of a chunk; larger ones are slower, as they leave the caches
 _PAGE = 4096
 _CACHE_LINE = 64
 _GRAPH_SLACK = 16 << 20  # room for the .onnx file itself, whose size is not known before it is made
-
-
-class WeightSource(Protocol):
-    """Where the float values of parameters come from."""
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
-        ...
-
-    def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Slices [start, stop) of axis 0: float32 [stop - start, ...]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -64,17 +42,6 @@ class WrittenGraph:
     def graph_file(self, precision: str) -> GraphFile:
         """The manifest's entry of this graph."""
         return GraphFile(self.graph, self.data, precision, self.inputs, self.outputs, self.formats)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    """The place of an initializer: an offset in the data file, or inside the graph (`small`)."""
-
-    value: ir.Value
-    stored: StoredTensor | None  # None for a constant of the graph
-    num_bytes: int
-    offset: int | None
-    small: bytearray = field(default_factory=bytearray)
 
 
 def write_graph(
@@ -96,10 +63,10 @@ def write_graph(
     _check_space(data_path, data_size)
     finished = False
     try:
-        with _disk_errors(data_path, data_size):
+        with disk_errors(data_path, data_size):
             file = os.open(data_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            _write_data(file, data_path, data_size, slots, source, progress)
+            data_entry = write_data(file, data_path, data_size, slots, source, progress)
         finally:
             os.close(file)
         _fill_initializers(slots, data_path.name)
@@ -109,42 +76,37 @@ def write_graph(
         if not finished:
             graph_path.unlink(missing_ok=True)
             data_path.unlink(missing_ok=True)
-    files = {path.name: file_entry(path) for path in (graph_path, data_path)}
+    files = {graph_path.name: file_entry(graph_path), data_path.name: data_entry}
     inputs = {str(value.name): _tensor_info(value) for value in model.graph.inputs}
     outputs = {str(value.name): _tensor_info(value) for value in model.graph.outputs}
     formats = {tensor.parameter: tensor.stored_as for tensor in stored if len(tensor.parameter_shape) > 1}
     return WrittenGraph(graph_path.name, data_path.name, files, inputs, outputs, formats)
 
 
-def _lay_out(graph: ir.Graph, stored: tuple[StoredTensor, ...]) -> tuple[list[_Slot], int]:
+def _lay_out(graph: ir.Graph, stored: tuple[StoredTensor, ...]) -> tuple[list[Slot], int]:
     """Places of all initializers, and the size of the data file.
 
     Tensors of 16 pages or more start on a page, as ONNX recommends so that they can be mapped into memory. Smaller ones
     start on a cache line: pages would make the file of a tiny model mostly padding.
     """
     by_name = {tensor.name: tensor for tensor in stored}
-    slots: list[_Slot] = []
+    slots: list[Slot] = []
     end = 0
     for name, value in graph.initializers.items():
         tensor = by_name.pop(name, None)
-        num_bytes = tensor.num_bytes if tensor is not None else len(_constant(value))
+        num_bytes = tensor.num_bytes if tensor is not None else len(constant_bytes(value))
         if num_bytes < _INLINE_BYTES:
-            slots.append(_Slot(value, tensor, num_bytes, None, bytearray(num_bytes)))
+            slots.append(Slot(value, tensor, num_bytes, None, bytearray(num_bytes)))
             continue
         unit = _PAGE if num_bytes >= 16 * _PAGE else _CACHE_LINE
         offset = -(-end // unit) * unit
-        slots.append(_Slot(value, tensor, num_bytes, offset))
+        slots.append(Slot(value, tensor, num_bytes, offset))
         end = offset + num_bytes
     assert not by_name, f"{next(iter(by_name))}: is no initializer of the graph"
     return slots, end
 
 
-def _constant(value: ir.Value) -> bytes:
-    assert value.const_value is not None, f"{value.name}: a parameter that rewrite did not see"
-    return value.const_value.tobytes()
-
-
-def _check_sources(slots: list[_Slot], source: WeightSource) -> None:
+def _check_sources(slots: list[Slot], source: WeightSource) -> None:
     for slot in slots:
         if slot.stored is not None:
             shape, expected = tuple(source.shape(slot.stored.parameter)), slot.stored.parameter_shape
@@ -154,117 +116,13 @@ def _check_sources(slots: list[_Slot], source: WeightSource) -> None:
 
 
 def _check_space(path: Path, num_bytes: int) -> None:
-    with _disk_errors(path, num_bytes):
+    with disk_errors(path, num_bytes):
         free = shutil.disk_usage(path.parent).free
     if free < num_bytes + _GRAPH_SLACK:
         raise CapacityError(f"{path}: needs {num_bytes + _GRAPH_SLACK} bytes, the disk has {free} free; make room")
 
 
-@contextmanager
-def _disk_errors(path: Path, num_bytes: int) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CapacityError(f"{path}: cannot write {num_bytes} bytes: {error.strerror}; make room") from error
-
-
-def _write_data(
-    file: int, path: Path, size: int, slots: list[_Slot], source: WeightSource, progress: Progress | None
-) -> None:
-    with _disk_errors(path, size):
-        os.ftruncate(file, size)
-    total = sum(slot.num_bytes for slot in slots)
-    done = 0
-
-    def put(slot: _Slot, position: int, data: bytes) -> None:
-        nonlocal done
-        done += len(data)
-        if slot.offset is None:
-            slot.small[position : position + len(data)] = data
-            return
-        with _disk_errors(path, size):
-            _write_at(file, data, slot.offset + position)
-
-    pieces: dict[str, list[_Slot]] = {}  # by parameter
-    for slot in slots:
-        if slot.stored is None:
-            put(slot, 0, _constant(slot.value))
-        else:
-            pieces.setdefault(slot.stored.parameter, []).append(slot)
-    for parameter, group in pieces.items():
-        tensors = [slot.stored for slot in group if slot.stored is not None]
-        columns = {tensor.name: np.empty(tensor.shape, tensor.dtype) for tensor in tensors if tensor.transposed}
-        for start, arrays in _chunks(tensors, source):
-            for slot, array in zip(group, arrays, strict=True):
-                gathered = columns.get(str(slot.value.name))
-                if gathered is not None:
-                    gathered[:, start : start + len(array)] = array.T
-                else:
-                    put(slot, array.nbytes // len(array) * start, array.tobytes())
-            if progress is not None:
-                progress(done, total, parameter)
-        for slot in group:
-            if str(slot.value.name) in columns:
-                put(slot, 0, columns[str(slot.value.name)].tobytes())
-    with _disk_errors(path, size):
-        os.fsync(file)
-
-
-def _chunks(tensors: list[StoredTensor], source: WeightSource) -> Iterator[tuple[int, list[npt.NDArray[Any]]]]:
-    """The pieces of one parameter, some rows at a time: the first row, and an array [rows, ...] a piece."""
-    parameter, shape = tensors[0].parameter, tensors[0].parameter_shape
-    step = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        rows = source.rows(parameter, start, stop)
-        assert rows.dtype == np.float32, f"{parameter}: a source gives float32"
-        assert rows.shape == (stop - start, *shape[1:]), f"{parameter}: rows {rows.shape}"
-        yield start, _convert(rows, tensors)
-
-
-def _convert(rows: npt.NDArray[np.float32], tensors: list[StoredTensor]) -> list[npt.NDArray[Any]]:
-    """The bytes of some rows for each piece of their weight, in the order of `tensors`."""
-    name, format = tensors[0].parameter, tensors[0].format
-    if format is None or not format.is_quantized:
-        (tensor,) = tensors
-        return [_cast(rows, tensor.dtype, name)]
-    if format.is_dynamic:
-        channel_codes, channel_scales = quantize_channels(rows, name=name)
-        return [channel_codes if tensor.piece == "quantized" else channel_scales for tensor in tensors]
-    scale_dtype = next(tensor.dtype for tensor in tensors if tensor.piece == "scales")
-    codes, scales, zero_points = quantize_rows(rows, format, scale_dtype=scale_dtype, name=name)
-    # A linear stores the padding of its last block, a table does not: rows of the table's bytes tell the two apart.
-    packed_columns = _packed_columns(tensors, format.bits)
-    pieces: dict[Piece, npt.NDArray[Any]] = {
-        "quantized": pack_codes(codes, format, packed_columns),
-        "scales": scales.astype(scale_dtype),
-        "zero_points": pack_zero_points(zero_points, format),
-    }
-    return [pieces[tensor.piece] for tensor in tensors]
-
-
-def _packed_columns(tensors: list[StoredTensor], bits: int) -> int:
-    quantized = next(tensor for tensor in tensors if tensor.piece == "quantized")
-    return math.prod(quantized.shape[1:]) * 8 // bits
-
-
-def _cast(rows: npt.NDArray[np.float32], dtype: str, name: str) -> npt.NDArray[Any]:
-    if dtype == "float32":
-        return np.ascontiguousarray(rows)
-    with np.errstate(over="ignore"):
-        half = np.ascontiguousarray(rows.astype(np.float16))
-    if not np.isfinite(half).all():
-        raise RecipeError(f"{name}: {np.abs(rows).max():.6g} does not fit float16; give this weight bits 32")
-    return half
-
-
-def _write_at(file: int, data: bytes, offset: int) -> None:
-    written = 0
-    while written < len(data):
-        written += os.pwrite(file, memoryview(data)[written:], offset + written)
-
-
-def _fill_initializers(slots: list[_Slot], data_name: str) -> None:
+def _fill_initializers(slots: list[Slot], data_name: str) -> None:
     for slot in slots:
         value = slot.value
         if slot.stored is None and slot.offset is None:
@@ -284,7 +142,7 @@ def _fill_initializers(slots: list[_Slot], data_name: str) -> None:
 
 def _write_graph_file(model: ir.Model, path: Path) -> None:
     text = ir.to_proto(model).SerializeToString(deterministic=True)
-    with _disk_errors(path, len(text)), path.open("wb") as stream:
+    with disk_errors(path, len(text)), path.open("wb") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from float_graphs import F32, ArraySource, decoder, embedding, random_source, run
 
-from vlmport.quant import store
+from vlmport.quant import data_file
 from vlmport.quant.recipe import load_recipe
 from vlmport.quant.rewrite import rewrite
 from vlmport.quant.store import WrittenGraph, write_graph
@@ -72,7 +72,7 @@ def test_what_the_manifest_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4"])
 def test_equal_bytes_every_time_and_in_any_chunks(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a", recipe)
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 1000)  # two rows
+    monkeypatch.setattr(data_file, "_CHUNK_BYTES", 1000)  # two rows
     write(tmp_path / "b", recipe)
     assert content(tmp_path / "a") == content(tmp_path / "b")
 
@@ -129,7 +129,7 @@ def test_memory_does_not_grow_with_the_table(recipe: str, tmp_path: Path) -> Non
 
 
 def test_progress_reaches_its_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 4000)
+    monkeypatch.setattr(data_file, "_CHUNK_BYTES", 4000)
     calls: list[tuple[int, int, str]] = []
     write(tmp_path, progress=lambda *call: calls.append(call))
     done = [call[0] for call in calls]
