@@ -134,7 +134,10 @@ def test_float32_passes_every_case_of_every_family(golden, package_of):
         assert rows["generated_ids"].values["match"] == 1.0
         assert rows["input_ids"].values["num_different"] == 0
     # `extra.*` are upstream's inner values; all else is there to be compared.
-    left_out = {record.stage for record in variant.not_compared if not record.stage.startswith("extra.")}
+    # What a whole padded batch has, and what is hidden from all other tokens, one prompt alone has not.
+    known = ("is of the padded batch as a whole", "upstream hides them")
+    left = [record for record in variant.not_compared if not record.reason.startswith(known)]
+    left_out = {record.stage for record in left if not record.stage.startswith("extra.")}
     assert left_out <= {"patch_embed", "tokens_in"}  # inner values of an encoder
 
 

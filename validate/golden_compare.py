@@ -30,7 +30,7 @@ from .compare import (
     compare_tensors,
 )
 from .golden import AlternativeCase, Batch, Case, Generating, Golden, HashEntry, StageEntry, request_messages
-from .golden_rows import at_visible, is_joint, row_of, token_axis, unpadded
+from .golden_rows import at_visible, is_joint, joined, row_of, token_axis, unpadded
 from .metrics import margins
 from .stages import run_stages
 
@@ -184,9 +184,8 @@ def _compare_batch(
     records: list[Record] = []
     mask = unpadded(np.array(batch.attention_mask, dtype=bool))
     ids = np.array(batch.input_ids)
-    for entry in filter(is_joint, batch.stages):
-        records += _compare_joint(golden, name, batch.rows, entry, runs)
-    records += [NotCompared(name, f"{key} (hash)", "is of the padded batch as a whole") for key in batch.hashes]
+    if all(case in runs for case in batch.rows):
+        records += _compare_joint(golden, name, batch, [runs[case].stages for case in batch.rows])
     for row, case_name in enumerate(batch.rows):
         sample = f"{name}[{row}] {case_name}, row alone"
         run = runs.get(case_name)
@@ -210,16 +209,19 @@ def _compare_batch(
     return records
 
 
-def _compare_joint(
-    golden: Golden, name: str, rows: Sequence[str], entry: StageEntry, runs: Mapping[str, _Run]
-) -> list[Record]:
-    """A tensor of all rows in one, against those of the rows alone, one after the other."""
-    key: Key = (entry.stage, entry.modality, entry.index)
-    alone = [runs[row].stages[key] for row in rows if row in runs and key in runs[row].stages]
-    if len(alone) < len(rows) or entry.index is not None:
-        return [NotCompared(name, entry.stage, "is of the batch as a whole")]
-    stages: dict[Key, Array] = {key: np.concatenate(alone)}
-    return _compare_entry(f"{name}, rows alone", entry, golden.tensors[entry.tensor], stages, np.ones(0, bool))
+def _compare_joint(golden: Golden, name: str, batch: Batch, rows: Sequence[Mapping[Key, Array]]) -> list[Record]:
+    """What a batch has of all rows at once, against the rows alone, one after the other."""
+    stages, sample = joined(rows), f"{name}, rows alone"
+    records: list[Record] = []
+    for entry in filter(is_joint, batch.stages):
+        records += _compare_entry(sample, entry, golden.tensors[entry.tensor], stages, np.ones(0, bool))
+    for key, entry in batch.hashes.items():
+        found = stages.get((entry.stage, entry.modality, entry.index))
+        if found is not None and found.shape == entry.shape:
+            records += compare_hash(sample, entry, batch.stages, stages)
+        else:
+            records.append(NotCompared(name, f"{key} (hash)", "is of the padded batch as a whole"))
+    return records
 
 
 def _compare_entry(

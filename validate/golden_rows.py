@@ -5,14 +5,16 @@ left out of its decoder, so that stages with a row a token are compared at the t
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .candidate import Key
 from .golden import StageEntry
 
-__all__ = ["at_visible", "is_joint", "row_of", "token_axis", "unpadded"]
+__all__ = ["at_visible", "is_joint", "joined", "row_of", "token_axis", "unpadded"]
 
 Array = NDArray[Any]
 _TOKEN_AXES = {"prefill_logits": 0, "past_key": 1, "past_value": 1}
@@ -46,6 +48,21 @@ def is_joint(entry: StageEntry) -> bool:
     """Whether a batch's tensor has no row axis: what upstream computes of the images of all rows at once."""
     axes = re.findall(r"\w+", entry.layout.partition("]")[0])
     return entry.valid is None and "row" not in axes
+
+
+def joined(rows: Sequence[Mapping[Key, Array]]) -> dict[Key, Array]:
+    """Stages of images of several prompts, one after the other: whole ones concatenated, indices counted on."""
+    found: dict[Key, list[Array]] = {}
+    for row in rows:
+        sizes = {key[:2]: sum(other[:2] == key[:2] and other[2] is not None for other in found) for key in row}
+        for (stage, modality, index), array in row.items():
+            number = None if index is None else index + sizes[stage, modality]
+            found.setdefault((stage, modality, number), []).append(array)
+    return {
+        key: np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+        for key, arrays in found.items()
+        if len({(array.ndim, array.shape[1:]) for array in arrays}) == 1 and arrays[0].ndim > 0
+    }
 
 
 def row_of(entry: StageEntry, array: Array, row: int, mask: Array) -> Array:
