@@ -129,3 +129,19 @@ except MissingDependencyError as error:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "vlmport[cpu]" in run.stdout
     assert "vlmport[gpu]" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [("flags : avx2 avx512_vnni", False), ("flags : avx2 avx_vnni", False), ("flags : avx2", True), ("", True)],
+)
+def test_the_slow_exact_kernel_is_asked_for_only_where_it_is_needed(
+    graph: Path, flags: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmport.runtime.session._cpu_flags", lambda: flags)
+    options = open_session(graph).raw.get_session_options()
+    try:
+        entry = options.get_session_config_entry("session.x64quantprecision")
+    except RuntimeError:  # there is none of this name
+        entry = "0"
+    assert entry == ("1" if asked else "0")
