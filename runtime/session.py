@@ -130,11 +130,7 @@ def open_session(
             f"num_threads: {num_threads} is not between 1 and {_MAX_THREADS}; leave it out for one thread a core"
         )
     ort = require_onnxruntime(target)
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    if not _adds_in_32_bits(_cpu_flags()):
-        # Exact, by a kernel that is slower; where VNNI is, it would be 3.7 times slower and equal to the bit.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    options = _options(ort)
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     if profile is not None:
@@ -163,7 +159,7 @@ def save_prepared(path: Path, graph: Path, data: Path) -> None:
     Raises PackageError for a graph that it cannot load, CapacityError where it cannot write.
     """
     ort = require_onnxruntime()
-    options = ort.SessionOptions()
+    options = _options(ort)
     options.log_severity_level = _FATAL_ONLY  # it warns that the file fits this machine alone, which is the point
     options.optimized_model_filepath = str(graph)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", data.name)
@@ -216,6 +212,16 @@ def _cpu_flags() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("flags")), "")
+
+
+def _options(ort: Any) -> Any:
+    """What every session has: a copy is saved with the kernels that will read it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _ERRORS_ONLY
+    if not _adds_in_32_bits(_cpu_flags()):
+        # Exact, by a kernel that is slower; where VNNI is, it would be 3.7 times slower and equal to the bit.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
 
 
 def _providers(target: Device, cuda_graph: bool) -> list[Any]:
