@@ -43,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     visual = parser.add_argument_group("images and videos")
     visual.add_argument("--max-pixels", metavar="N", type=int, help="shrink each image or frame to so many pixels")
     visual.add_argument("--fps", metavar="N", type=float, help="frames a second to sample from videos")
+    visual.add_argument(
+        "--option",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="any option of the template or the preprocessing, by upstream's name, as in max_slice_nums=4",
+    )
     choice = parser.add_argument_group("choice of tokens (default: as the checkpoint's generation_config says)")
     choice.add_argument("--temperature", metavar="T", type=float, help="0 is greedy")
     choice.add_argument("--top-k", metavar="K", type=int, help="among the K best; 0 is off")
@@ -99,8 +107,20 @@ def _messages(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the request. Values of --option are JSON where they can be (numbers, true), else texts."""
     given = {"max_pixels": args.max_pixels, "fps": args.fps}
-    return {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None}
+    for text in args.option:
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise InputError(f"--option {text!r}: is not of the form NAME=VALUE, as max_slice_nums=4 is")
+        if name in options:
+            raise InputError(f"--option {name}: is given twice; keep one")
+        try:
+            options[name] = json.loads(value)
+        except (json.JSONDecodeError, RecursionError):
+            options[name] = value
+    return options
 
 
 def _as_json(generation: Generation) -> dict[str, Any]:

@@ -15,7 +15,7 @@ __all__ = ["add_arguments", "execute", "refuse"]
 
 _NUM_CLASSES = 5  # shown an image; --json has all
 _NUM_VALUES = 6
-_TEXT_ONLY = ("prompt", "system", "video", "fps", "stop", "cache_length")
+_TEXT_ONLY = ("prompt", "system", "video", "fps", "option", "stop", "cache_length")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _IMAGES_ONLY = ("embedding", "token_drop", "max_patches")
 

@@ -28,15 +28,16 @@ OPTIONS = {
     "prepare": ["PACKAGE", "--variant", "--list", "--remove", "--json"],
     "run": [
         *("PACKAGE", "PROMPT", "--image", "--video", "--system", "--variant", "--json"),
-        *("--max-new-tokens", "--stop", "--cache-length", "--max-pixels", "--fps"),
-        *("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed", "--threads"),
+        *("--max-new-tokens", "--stop", "--cache-length", "--max-pixels", "--fps", "--option"),
+        *("--temperature", "--top-k", "--top-p", "--min-p", "--repetition-penalty", "--seed"),
+        *("--embedding", "--token-drop", "--max-patches", "--threads", "--cuda-graph"),
     ],
     "validate": [
         *("PACKAGE", "--reference", "--golden", "--variant", "--task", "--trust-remote-code"),
         *("--report", "--gates", "--json"),
     ],
     "verify": ["PACKAGE", "--variant", "--json"],
-    "inspect": ["PACKAGE", "--json"],
+    "inspect": ["PACKAGE", "--json", "--placement", "--variant"],
     "bench": ["PACKAGE", "--variant", "--image", "--max-new-tokens", "--repeats", "--json"],
 }
 

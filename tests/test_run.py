@@ -13,6 +13,9 @@ CASE = next(
 )
 
 
+IMAGE = next((CASE.folder / "inputs").glob("*.png"))
+
+
 def run(package: Path, *arguments: str) -> int:
     return main(["run", str(package), *arguments, "--threads", "1"])
 
@@ -48,6 +51,15 @@ def test_text_is_what_json_says_without_control_characters(
     assert printed == "".join(c if c in "\n\t" or c.isprintable() or c == "\u00a0" else "\ufffd" for c in text) + "\n"
 
 
+def test_options_by_upstreams_names(package_tiny_a: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lengths: list[int] = []
+    for options in ([], ["add_vision_id=true", "max_pixels=3136"]):
+        arguments = ["Hi", "--image", str(IMAGE), "--max-new-tokens", "1", "--json"]
+        assert run(package_tiny_a, *arguments, *(["--option", *options] if options else [])) == 0
+        lengths.append(json.loads(capsys.readouterr().out)["timings"]["num_prompt_tokens"])
+    assert lengths[0] != lengths[1]
+
+
 def test_a_variant_and_a_stop_string(package_tiny_a: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(package_tiny_a, "Hi", "--variant", "int8", "--max-new-tokens", "3", "--stop", "e", "--json") == 0
     assert "e" not in json.loads(capsys.readouterr().out)["text"]
@@ -63,6 +75,11 @@ def test_a_variant_and_a_stop_string(package_tiny_a: Path, capsys: pytest.Captur
         (["--cache-length", "3"], "and the cache holds 3: raise --cache-length"),
         (["--image", "nowhere.png"], "nowhere.png"),
         (["--video", "nowhere.mp4"], "nowhere.mp4"),
+        (["--option", "add_vision_id"], "--option 'add_vision_id': is not of the form NAME=VALUE"),
+        (["--option", "no_such=1"], "options.no_such: is no option of this chat template"),
+        (["--option", "fps=1", "fps=2"], "--option fps: is given twice"),
+        (["--option", "max_pixels=big"], "options.max_pixels: is 'big'"),
+        (["--option", "max_slice_nums=2", "--image", str(IMAGE)], "max_slice_nums is no option of this package"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(
