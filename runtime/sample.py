@@ -78,32 +78,37 @@ class Sampler:
 
 def distribution(scores_V: Array, params: SamplingParams) -> tuple[Array, Array]:
     """Ids [K] that may be drawn and their float64 probabilities [K], after temperature, top-k, top-p and min-p."""
-    scores_V = scores_V.astype(np.float64)
+    # The k best are the same at every temperature; with them taken first, the rest is short work.
+    ids_K, scores_K = _top_k(scores_V, params.top_k)
+    scores_K = scores_K.astype(np.float64)
     # Relative to the best, so that a temperature of 1e-6, which checkpoints do have, cannot overflow.
     with np.errstate(over="ignore"):  # to -inf, which is probability 0
-        scores_V = (scores_V - scores_V.max()) / params.temperature
-    ids_K, scores_K = _top_k(np.arange(len(scores_V)), scores_V, params.top_k)
+        scores_K = (scores_K - scores_K.max()) / params.temperature
     ids_K, scores_K = _top_p(ids_K, scores_K, params.top_p)
     ids_K, scores_K = _min_p(ids_K, scores_K, params.min_p)
     weights_K = np.exp(scores_K)
     return ids_K, weights_K / weights_K.sum()
 
 
-def _top_k(ids: Array, scores: Array, k: int) -> tuple[Array, Array]:
-    """Keeps the k best, and all that tie with the last of them."""
-    if k == 0 or k >= len(scores):
-        return ids, scores
-    keep = scores >= np.partition(scores, -k)[-k]
-    return ids[keep], scores[keep]
+def _top_k(scores_V: Array, k: int) -> tuple[Array, Array]:
+    """Ids and scores of the k best, and of all that tie with the last of them."""
+    if k == 0 or k >= len(scores_V):
+        return np.arange(len(scores_V)), scores_V
+    (ids_K,) = np.nonzero(scores_V >= np.partition(scores_V, -k)[-k])
+    return ids_K, scores_V[ids_K]
 
 
 def _top_p(ids: Array, scores: Array, p: float) -> tuple[Array, Array]:
     """Drops the least probable as long as what is dropped sums to at most 1 - p. The best always stays."""
     if p >= 1:
         return ids, scores
-    order = np.argsort(scores, kind="stable")
-    probabilities = np.exp(scores[order])
-    keep = np.cumsum(probabilities) / probabilities.sum() > 1 - p
+    probabilities = np.exp(scores)
+    probabilities /= probabilities.sum()
+    # All that are below the mean share of 1 - p are dropped in any case: only the others have to be sorted.
+    (left,) = np.nonzero(probabilities >= (1 - p) / len(probabilities))
+    order = left[np.argsort(scores[left], kind="stable")]
+    below = 1 - probabilities[left].sum()
+    keep = below + np.cumsum(probabilities[order]) > 1 - p
     keep[-1] = True
     return ids[order][keep], scores[order][keep]
 

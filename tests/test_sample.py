@@ -133,3 +133,20 @@ def test_nan_logits_are_an_error_and_no_token(temperature: float) -> None:
 def test_values_that_mean_nothing(field: str, value: float) -> None:
     with pytest.raises(InputError, match=f"^{field}: "):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.2, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 12.0])
+def test_top_p_of_a_large_vocabulary_sorts_no_more_than_it_must(p: float, spread: float) -> None:
+    """The same ids and probabilities as by sorting everything."""
+    scores = np.random.default_rng(5).standard_normal(20000).astype(np.float32) * np.float32(spread)
+    ids, probabilities = distribution(scores, SamplingParams(temperature=1.0, top_p=p))
+    shares = np.exp(scores.astype(np.float64) - scores.max())
+    shares /= shares.sum()
+    order = np.argsort(scores, kind="stable")
+    kept = order[np.cumsum(shares[order]) > 1 - p]
+    kept = kept if len(kept) else order[-1:]
+    assert abs(len(ids) - len(kept)) <= 1  # sums round differently at the edge
+    common = min(len(ids), len(kept))
+    np.testing.assert_array_equal(ids[-common:], kept[-common:])
+    np.testing.assert_allclose(probabilities.sum(), 1)
