@@ -1,4 +1,4 @@
-"""`python -m benchmarks make | run | render`: a random checkpoint, a measurement of it, the tables as Markdown."""
+"""`python -m benchmarks make | run | render | nodes`: a random checkpoint, a measurement, what came of it."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmport.runtime.errors import InputError, VlmportError
 from vlmport.runtime.schema import SchemaError, from_json, to_json
@@ -17,13 +18,16 @@ from .plan import PARTS, Plan, smoke_plan
 from .process import Memory
 from .shapes import load_shape, shape_names
 
+if TYPE_CHECKING:
+    from .report import ShapeReport
+
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
-        return {"make": _make, "run": _run, "render": _render}[args.command](args)
+        return {"make": _make, "run": _run, "render": _render, "nodes": _nodes}[args.command](args)
     except (VlmportError, SchemaError) as error:
         print(f"benchmarks: error: {error}", file=sys.stderr)
         return 2
@@ -50,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--smoke", action="store_true", help="int4 alone, small images, short prompts")
     rendered = commands.add_parser("render", help="the tables of a bench-SHAPE.json as Markdown")
     rendered.add_argument("file", metavar="FILE", type=Path)
+    nodes = commands.add_parser("nodes", help="the nodes of each graph in a bench-SHAPE.json, as JSON")
+    nodes.add_argument("file", metavar="FILE", type=Path)
     return parser
 
 
@@ -87,14 +93,26 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _render(args: argparse.Namespace) -> int:
-    from .report import ShapeReport, markdown
+    from .report import markdown
+
+    print(markdown(_read(args.file)), end="")
+    return 0
+
+
+def _nodes(args: argparse.Namespace) -> int:
+    variant = next(iter(_read(args.file).variants.values()))
+    print(json.dumps(variant.nodes, indent=2))
+    return 0
+
+
+def _read(file: Path) -> "ShapeReport":
+    from .report import ShapeReport
 
     try:
-        content = json.loads(args.file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{args.file}: cannot be read ({error}); make it with `python -m benchmarks run`") from error
-    print(markdown(from_json(ShapeReport, content)), end="")
-    return 0
+        raise InputError(f"{file}: cannot be read ({error}); make it with `python -m benchmarks run`") from error
+    return from_json(ShapeReport, content)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ Each is done by itself, with nothing around it, and the three times are added.
 
 import os
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from vlmport.export.checkpoint import Checkpoint
 from vlmport.export.family import family_of
+from vlmport.quant.dynamic import quantize_channels
 from vlmport.quant.pack import pack_codes, pack_zero_points
 from vlmport.quant.recipe import WeightFormat, load_recipe
 from vlmport.quant.rtn import quantize_rows
@@ -58,16 +61,22 @@ class Floor:
         return time.perf_counter() - started
 
     def quantize(self, recipe: str) -> float:
-        """Seconds for every weight of the recipe, from bfloat16 in memory to packed bytes in memory."""
+        """Seconds for every weight of the recipe, from bfloat16 in memory to packed bytes in memory, on all cores."""
         wanted = self._weights(recipe)
         values = np.random.default_rng(0).standard_normal(_CHUNK // 4, dtype=np.float32) * np.float32(0.02)
         stored = (values.view(np.uint32) >> 16).astype(np.uint16)
+
+        def pieces() -> Iterator[tuple[NDArray[np.uint16], WeightFormat]]:
+            for (rows, columns), format in wanted:
+                step = max(1, len(stored) // columns)
+                for start in range(0, rows, step):
+                    count = min(step, rows - start)
+                    yield stored[: count * columns].reshape(count, columns), format
+
         started = time.perf_counter()
-        for (rows, columns), format in wanted:
-            step = max(1, len(stored) // columns)
-            for start in range(0, rows, step):
-                count = min(step, rows - start)
-                _quantize(stored[: count * columns].reshape(count, columns), format)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for _ in pool.map(_quantize, *zip(*pieces(), strict=True)):
+                pass  # an error of a thread is raised here
         return time.perf_counter() - started
 
     def write(self, package: Path) -> float:
@@ -115,6 +124,9 @@ def forget_cached(files: list[Path]) -> None:
 
 def _quantize(stored_NK: NDArray[np.uint16], format: WeightFormat) -> None:
     rows_NK = (stored_NK.astype(np.uint32) << 16).view(np.float32)
+    if format.is_dynamic:
+        quantize_channels(rows_NK)
+        return
     codes, _, zero_points = quantize_rows(rows_NK, format)
     pack_codes(codes, format, codes.shape[1])
     pack_zero_points(zero_points, format)

@@ -1,6 +1,7 @@
 """One run of the benchmark: checkpoint, export, load, vision, prefill, decode, profile, in processes of their own."""
 
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmport.cli.bench import Spread, box
-from vlmport.cli.main import COMMANDS
 from vlmport.runtime.package import Package
 
 from .checkpoint import make_checkpoint
@@ -36,6 +36,8 @@ def run(plan: Plan) -> ShapeReport:
     """Measures every recipe of the plan. Raises CalledProcessError where a command fails."""
     shape = load_shape(plan.shape)
     (plan.folder / "packages").mkdir(parents=True, exist_ok=True)
+    os.environ["VLMPORT_CACHE"] = str(_prepared_copies(plan).resolve())  # not the user's own, which packages may be in
+    shutil.rmtree(_prepared_copies(plan), ignore_errors=True)
     checkpoint = plan.checkpoint or plan.folder / "checkpoints" / shape.name
     if not (checkpoint / "config.json").is_file():
         _say(f"making the checkpoint {checkpoint}")
@@ -93,7 +95,7 @@ def _variant(plan: Plan, recipe: str, checkpoint: Path, towers: dict[str, Varian
                 runtime.ask("load")
                 report = replace(report, large=runtime.ask("vision", [_LARGE]))
         towers[tower] = report
-    if "prepare" in plan.parts and "prepare" in COMMANDS:
+    if "prepare" in plan.parts:
         report = _prepared(plan, recipe, report)
     return report
 
@@ -127,7 +129,6 @@ def _runtime(plan: Plan, recipe: str, report: VariantReport, *, with_vision: boo
             report = replace(report, peak_memory=runtime.ask("peak"))
         if "steady" in plan.parts:
             _say(f"{recipe}: memory of {_STEADY_STEPS[-1]} decode steps")
-            runtime.ask("start", _STEADY_STEPS[-1] + 1)
             report = replace(report, steady_memory=tuple(runtime.ask("steady", _STEADY_STEPS)))
     if "profile" in plan.parts:
         _say(f"{recipe}: profile")
@@ -200,12 +201,19 @@ def _float32(plan: Plan, recipe: str, checkpoint: Path) -> Spread:
 
 
 def _prepared(plan: Plan, recipe: str, report: VariantReport) -> VariantReport:
-    """The copy that belongs to this box, and a load by it."""
+    """The copy that belongs to this box, and a load by it; removed again, as it would speed up the next load."""
     path = _package(plan, recipe)
     _say(f"{recipe}: prepare")
-    finished = run_watched([*_VLMPORT, "prepare", str(path), "--variant", recipe], path.with_suffix(".prepare.log"))
+    command = [*_VLMPORT, "prepare", str(path), "--variant", recipe]
+    finished = run_watched(command, path.with_suffix(".prepare.log"))
     with Actor(Runtime, path, recipe) as runtime:
-        return replace(report, prepare=finished, load_prepared=runtime.ask("load"))
+        report = replace(report, prepare=finished, load_prepared=runtime.ask("load"))
+    shutil.rmtree(_prepared_copies(plan))
+    return report
+
+
+def _prepared_copies(plan: Plan) -> Path:
+    return plan.folder / "prepared"
 
 
 _VLMPORT = (sys.executable, "-m", "vlmport.cli.main")

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from vlmport.cli.bench import drawn_image
 from vlmport.runtime.decoder import Decoder
 from vlmport.runtime.model import Model
-from vlmport.runtime.session import GraphSession
+from vlmport.runtime.session import GraphSession, open_session
 from vlmport.runtime.vision_inputs import vision_inputs
 
 __all__ = ["OperatorTime", "Profiler", "self_times"]
@@ -65,14 +64,8 @@ class Profiler:
         return _summed(events, 1, 1), _summed(events, 4, num_steps)
 
     def _open(self, role: str) -> GraphSession:
-        """The graph with the options that the runtime opens it with, and profiling."""
         path = self.model.package.graph_path(role, self.model.variant.name)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(self._folder / role)
-        raw = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        return GraphSession(raw, path, "cpu")
+        return open_session(path, profile=self._folder / role)
 
     def _finish(self, session: GraphSession, skip: int, runs: int) -> list[OperatorTime]:
         return _summed(self._events(session), skip, runs)

@@ -96,8 +96,13 @@ class Runtime:
         return time.perf_counter() - started
 
     def steady(self, num_steps: Sequence[int]) -> list[int]:
-        """Resident bytes after so many decode steps in all, at each count."""
-        assert self._cache is not None, "start comes first"
+        """Resident bytes after so many decode steps in all, at each count.
+
+        The cache is written once before, so that no step is the first to touch its memory.
+        """
+        cache = self._cache = self.model.new_cache(max(num_steps))
+        self.prefill(max(num_steps))
+        cache.reset()
         found: list[int] = []
         done = 0
         for count in num_steps:
