@@ -217,13 +217,13 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
     block_size = int(block) if block else _DEFAULT_BLOCK
     blocks = WeightFormat(bits=8, block_size=block_size)
     # Towers are most of the time to the first token on a CPU, and take rounded activations well.
-    tower = Rule("vision_encoder/*.weight", dynamic, target="cpu")
+    towers = tuple(Rule(f"{role}/*.weight", dynamic, target="cpu") for role in ("vision_encoder", "projector"))
     if base == "int8":
-        return (tower, Rule("*/*.weight", blocks))
+        return (*towers, Rule("*/*.weight", blocks))
     if base == "int8-dynamic":
         return (Rule("embed_tokens/*.weight", blocks), Rule("*/*.weight", dynamic))
     return (
-        tower,
+        *towers,
         Rule("decoder/lm_head.weight", int8),  # errors of the head go straight into the logits
         Rule("decoder/*.weight", WeightFormat(bits=4, block_size=block_size)),
         Rule("*/*.weight", int8),

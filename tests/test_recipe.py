@@ -36,7 +36,8 @@ def test_int4_keeps_what_hurts_most_in_8_bits() -> None:
     assert recipe.format_of("embed_tokens", "embed_tokens.weight") == INT8
     assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cpu") == DYNAMIC
     assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cuda") == INT8
-    assert recipe.format_of("projector", "mlp.0.weight") == INT8
+    assert recipe.format_of("projector", "mlp.0.weight", "cpu") == DYNAMIC
+    assert recipe.format_of("projector", "mlp.0.weight", "cuda") == INT8
     assert recipe.format_of("decoder", "rope.table") is None
 
 
@@ -51,9 +52,14 @@ def test_labels_let_variants_share_files() -> None:
     assert labels(load_recipe("int4")) == dict.fromkeys(ROLES, "int8") | {"decoder": "int4"}
     assert labels(load_recipe("int4", block_size=128)) == dict.fromkeys(ROLES, "int8") | {"decoder": "int4_b128"}
     blocks = dict.fromkeys(ROLES, "int8_b64")
-    assert labels(load_recipe("int8", block_size=64)) == blocks | {"vision_encoder": "int8"}  # it has no blocks
+    assert labels(load_recipe("int8", block_size=64)) == blocks | {
+        "vision_encoder": "int8",
+        "projector": "int8",
+    }  # no blocks
     assert labels(load_recipe("int8", block_size=64), "cuda") == blocks
-    dynamic = dict.fromkeys(ROLES, "int8-dynamic") | {"vision_encoder": "int8", "embed_tokens": "int8"}
+    dynamic = dict.fromkeys(ROLES, "int8-dynamic") | dict.fromkeys(
+        ("vision_encoder", "projector", "embed_tokens"), "int8"
+    )
     assert labels(load_recipe("int8-dynamic")) == dynamic
 
 
@@ -69,7 +75,9 @@ def test_a_recipe_of_ones_own_shares_the_parts_that_equal_a_builtin_one() -> Non
     recipe = Recipe("mine", (Rule("decoder/*.weight", INT8), Rule("*/*.weight", WeightFormat(bits=16))))
     assert labels(recipe) == dict.fromkeys(ROLES, "fp16") | {"decoder": "int8"}
     odd = Recipe("odd", (Rule("decoder/*.weight", WeightFormat(bits=4, symmetric=True)), Rule("*/*.weight", INT8)))
-    assert labels(odd) == dict.fromkeys(ROLES, "int8") | {"decoder": "odd", "vision_encoder": "odd"}
+    assert labels(odd) == dict.fromkeys(ROLES, "int8") | dict.fromkeys(
+        ("decoder", "vision_encoder", "projector"), "odd"
+    )
 
 
 FORMATS = st.sampled_from([INT8, INT4, DYNAMIC, WeightFormat(32), WeightFormat(16), WeightFormat(4, block_size=128)])
