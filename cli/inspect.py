@@ -109,7 +109,7 @@ def contents(package: Package) -> Contents:
 
 
 def _graph(package: Package, graph: GraphFile) -> GraphContents:
-    names = {f"onnx/{graph.graph}", f"onnx/{graph.data}"}
+    names = {f"onnx/{name}" for name in graph.files}
     return GraphContents(
         graph=graph.graph,
         precision=graph.precision,

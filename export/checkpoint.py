@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,6 +96,9 @@ class CheckpointSource:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         return self._shapes[parameter]
+
+    def origin(self, parameter: str) -> Hashable:
+        return self._tensors[parameter]
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
         """Rows start to stop (axis 0) as C-contiguous float32 [stop - start, ...]."""

@@ -9,7 +9,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,6 +41,10 @@ class GraphSource:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         return tuple(int(size) for size in self.tensors[parameter].shape.numpy())
+
+    def origin(self, parameter: str) -> Hashable:
+        tensor = self.tensors[parameter]
+        return (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else parameter
 
     def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         tensor, shape = self.tensors[parameter], self.shape(parameter)
@@ -89,7 +93,7 @@ def open_float_graph(package: Package, role: str) -> tuple[ir.Model, GraphSource
     """
     entry = _lossless(package, role)
     folder = package.path / "onnx"
-    for name in (entry.graph, entry.data):
+    for name in entry.files:
         if file_entry(folder / name).sha256 != package.manifest.files[f"onnx/{name}"].sha256:
             raise PackageError(f"{folder / name}: content differs from its sha256 in {MANIFEST_NAME}; copy it again")
     try:
@@ -171,10 +175,10 @@ def _lossless(package: Package, role: str) -> GraphFile:
 
 
 def _check_place(folder: Path, entry: GraphFile, name: str, tensor: ir.ExternalTensor, manifest: Manifest) -> None:
-    """A graph may point at its own data file and nowhere else."""
+    """A graph may point at the data files that the manifest names for it and nowhere else."""
     end = (tensor.offset or 0) + tensor.nbytes
-    location = Path(tensor.location)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    if str(location) != entry.data or end > manifest.files[f"onnx/{entry.data}"].size:
+    location = str(Path(tensor.location))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    if location not in entry.files[1:] or end > manifest.files[f"onnx/{location}"].size:
         raise PackageError(f"{folder / entry.graph}: {name} lies outside {entry.data}; export the checkpoint again")
 
 

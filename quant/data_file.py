@@ -6,7 +6,7 @@ What is written does not depend on the number of threads: each row of each slot 
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +37,10 @@ class WeightSource(Protocol):
         """The shape of a parameter."""
         ...
 
+    def origin(self, parameter: str) -> Hashable:
+        """Equal for two parameters, of any graphs, that are one tensor of the checkpoint."""
+        ...
+
     def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         """Slices [start, stop) of axis 0: float32 [stop - start, ...]."""
         ...
@@ -51,6 +55,7 @@ class Slot:
     num_bytes: int
     offset: int | None
     small: bytearray = field(default_factory=bytearray)
+    shared: str | None = None  # the data file of another graph that has these bytes: not written again
 
     @property
     def end(self) -> int:
@@ -72,12 +77,13 @@ class _Parameter:
 def write_data(
     file: int, path: Path, size: int, slots: list[Slot], source: WeightSource, progress: Progress | None
 ) -> FileEntry:
-    """Fills `file`, opened at `path`, to `size` bytes, and syncs it.
+    """Fills `file`, opened at `path`, to `size` bytes, but for what other files have, and syncs it.
 
     Raises what the source and the conversion raise, and CapacityError where the disk cannot take it.
     """
     with disk_errors(path, size):
         os.ftruncate(file, size)
+    slots = [slot for slot in slots if slot.shared is None]
     writer, total = _Writer(file, path, size), sum(slot.num_bytes for slot in slots)
     done = sum(writer.put(slot, 0, constant_bytes(slot.value)) for slot in slots if slot.stored is None)
     threads = len(os.sched_getaffinity(0))

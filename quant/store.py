@@ -8,7 +8,8 @@ but codes that lie by columns, which are gathered first, a byte a value.
 
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,23 @@ from ..runtime.package import file_entry
 from .data_file import Progress, Slot, WeightSource, constant_bytes, disk_errors, write_data
 from .rewrite import StoredTensor
 
-__all__ = ["Progress", "WeightSource", "WrittenGraph", "write_graph"]
+__all__ = ["Content", "Place", "Progress", "WeightSource", "WrittenGraph", "places", "write_graph"]
 
 _INLINE_BYTES = 1024  # smaller tensors stay inside the .onnx file
 _PAGE = 4096
 _CACHE_LINE = 64
 _GRAPH_SLACK = 16 << 20  # room for the .onnx file itself, whose size is not known before it is made
+
+
+Content = tuple[Hashable, ...]  # of an initializer: see _content
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where bytes are: a data file by name, and an offset in it."""
+
+    data: str
+    offset: int
 
 
 @dataclass(frozen=True)
@@ -38,10 +50,11 @@ class WrittenGraph:
     inputs: dict[str, TensorInfo]
     outputs: dict[str, TensorInfo]
     formats: dict[str, str]
+    shared: tuple[str, ...]
 
     def graph_file(self, precision: str) -> GraphFile:
         """The manifest's entry of this graph."""
-        return GraphFile(self.graph, self.data, precision, self.inputs, self.outputs, self.formats)
+        return GraphFile(self.graph, self.data, precision, self.inputs, self.outputs, self.formats, self.shared)
 
 
 def write_graph(
@@ -51,14 +64,17 @@ def write_graph(
     folder: Path,
     stem: str,
     progress: Progress | None = None,
+    *,
+    known: Mapping[Content, Place] = {},
 ) -> WrittenGraph:
     """Writes `<stem>.onnx` and `<stem>.onnx_data` into `folder` and syncs them; `stored` is what `rewrite` gave.
 
-    The initializers of `model` get their values as it goes. Raises CheckpointError where the source's shapes or values
+    A parameter whose bytes `known` has, all of them, is not stored again: the graph reads them there. The initializers
+    of `model` get their values as it goes. Raises CheckpointError where the source's shapes or values
     do not fit, CapacityError where the disk cannot take the files; then neither file is left.
     """
     graph_path, data_path = folder / f"{stem}.onnx", folder / f"{stem}.onnx_data"
-    slots, data_size = _lay_out(model.graph, stored)
+    slots, data_size = _lay_out(model.graph, stored, _borrowed(stored, source, known))
     _check_sources(slots, source)
     _check_space(data_path, data_size)
     finished = False
@@ -80,10 +96,39 @@ def write_graph(
     inputs = {str(value.name): _tensor_info(value) for value in model.graph.inputs}
     outputs = {str(value.name): _tensor_info(value) for value in model.graph.outputs}
     formats = {tensor.parameter: tensor.stored_as for tensor in stored if len(tensor.parameter_shape) > 1}
-    return WrittenGraph(graph_path.name, data_path.name, files, inputs, outputs, formats)
+    shared = tuple(sorted({slot.shared for slot in slots if slot.shared is not None}))
+    return WrittenGraph(graph_path.name, data_path.name, files, inputs, outputs, formats, shared)
 
 
-def _lay_out(graph: ir.Graph, stored: tuple[StoredTensor, ...]) -> tuple[list[Slot], int]:
+def places(model: ir.Model, stored: tuple[StoredTensor, ...], source: WeightSource, stem: str) -> dict[Content, Place]:
+    """What the data file `<stem>.onnx_data` that `write_graph` makes of the same arguments holds, and where."""
+    slots, _ = _lay_out(model.graph, stored, {})
+    return {
+        _content(slot.stored, source): Place(f"{stem}.onnx_data", slot.offset)
+        for slot in slots
+        if slot.stored is not None and slot.offset is not None
+    }
+
+
+def _content(tensor: StoredTensor, source: WeightSource) -> Content:
+    """Equal contents have equal bytes: neither the operator nor its accuracy level is in them."""
+    is_quantized = tensor.format is not None and tensor.format.is_quantized
+    format = replace(tensor.format, accuracy_level=4) if tensor.format is not None and is_quantized else None
+    return (source.origin(tensor.parameter), tensor.piece, tensor.dtype, tensor.num_bytes, tensor.transposed, format)
+
+
+def _borrowed(
+    stored: tuple[StoredTensor, ...], source: WeightSource, known: Mapping[Content, Place]
+) -> dict[str, Place]:
+    """Places, by initializer, of the parameters that are known as a whole."""
+    found = {tensor.name: known.get(_content(tensor, source)) for tensor in stored}
+    partial = {tensor.parameter for tensor in stored if found[tensor.name] is None}
+    return {t.name: place for t in stored if (place := found[t.name]) is not None and t.parameter not in partial}
+
+
+def _lay_out(
+    graph: ir.Graph, stored: tuple[StoredTensor, ...], borrowed: Mapping[str, Place]
+) -> tuple[list[Slot], int]:
     """Places of all initializers, and the size of the data file.
 
     Tensors of 16 pages or more start on a page, as ONNX recommends so that they can be mapped into memory. Smaller ones
@@ -95,6 +140,10 @@ def _lay_out(graph: ir.Graph, stored: tuple[StoredTensor, ...]) -> tuple[list[Sl
     for name, value in graph.initializers.items():
         tensor = by_name.pop(name, None)
         num_bytes = tensor.num_bytes if tensor is not None else len(constant_bytes(value))
+        place = borrowed.get(name)
+        if place is not None:
+            slots.append(Slot(value, tensor, num_bytes, place.offset, shared=place.data))
+            continue
         if num_bytes < _INLINE_BYTES:
             slots.append(Slot(value, tensor, num_bytes, None, bytearray(num_bytes)))
             continue
@@ -136,7 +185,7 @@ def _fill_initializers(slots: list[Slot], data_name: str) -> None:
             value.const_value = ir.Tensor(array, dtype, name=value.name)
         else:
             value.const_value = ir.ExternalTensor(
-                data_name, slot.offset, slot.num_bytes, dtype, shape=shape, name=str(value.name)
+                slot.shared or data_name, slot.offset, slot.num_bytes, dtype, shape=shape, name=str(value.name)
             )
 
 

@@ -216,6 +216,12 @@ class GraphFile:
     inputs: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
     outputs: dict[str, TensorInfo] = field(default_factory=dict[str, TensorInfo])
     formats: dict[str, str] = field(default_factory=dict[str, str])  # parameter -> how it is stored: "float32", "int4"
+    shared: tuple[str, ...] = ()  # data files of other graphs that this one reads too: a tied table is stored once
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All names: the graph, its data, and data that it shares."""
+        return (self.graph, self.data, *self.shared)
 
 
 @dataclass(frozen=True)

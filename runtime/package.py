@@ -1,7 +1,7 @@
 """The package folder: opening it, trusting it, finding the files of a variant.
 
 Nothing is trusted before it is checked: names stay inside the folder, no links, sizes as the manifest says. External
-data of a graph is one plain file name in the same folder (a graph that could point elsewhere could read any file of the
+data of a graph are plain file names in the same folder (a graph that could point elsewhere could read any file of the
 box).
 """
 
@@ -73,7 +73,7 @@ class Package:
     def size(self, variant: str) -> int:
         """Bytes of the graphs and weights of a variant, each file counted once."""
         graphs = self.variant(variant).graphs.values()
-        names = {f"onnx/{name}" for graph in graphs for name in (graph.graph, graph.data)}
+        names = {f"onnx/{name}" for graph in graphs for name in graph.files}
         return sum(self.manifest.files[name].size for name in names)
 
     def verify(self, progress: Callable[[str], None] | None = None) -> None:
@@ -122,6 +122,6 @@ def _check_file(folder: Path, name: str, entry: FileEntry) -> None:
 
 
 def _check_graph_names(folder: Path, graph: GraphFile, manifest: Manifest) -> None:
-    for name in (graph.graph, graph.data):
+    for name in graph.files:
         if "/" in name or f"onnx/{name}" not in manifest.files:
             raise PackageError(f"{folder / MANIFEST_NAME}: graph file {name!r} is not among its files under onnx/")

@@ -154,7 +154,7 @@ def _key(package: Package, role: str, variant: str | None) -> str:
     graph = package.variant(variant).graphs.get(role)
     if graph is None:
         raise PackageError(f"{package.path}: no role {role!r}; it has {', '.join(package.variant(variant).graphs)}")
-    files = [package.manifest.files[f"onnx/{name}"].sha256 for name in (graph.graph, graph.data)]
+    files = [package.manifest.files[f"onnx/{name}"].sha256 for name in graph.files]
     said: list[Any] = [_LAYOUT, files, _cpu(), _version()]
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]
 

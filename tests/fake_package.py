@@ -48,7 +48,7 @@ def write_package(folder: Path) -> Path:
             "int4", {}, {"embed_tokens": graph_file("embed_tokens", ""), "decoder": graph_file("decoder", "_int4")}
         ),
     }
-    names = {name for v in variants.values() for g in v.graphs.values() for name in (g.graph, g.data)}
+    names = {name for v in variants.values() for g in v.graphs.values() for name in g.files}
     for name in names:
         (folder / "onnx" / name).write_bytes(b"x" * (3_000_000 if name == "decoder.onnx_data" else 1000))
     manifest = Manifest(

@@ -1,5 +1,6 @@
 """Small float graphs by the conventions that quant relies on, and sources of weights for them."""
 
+from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,9 @@ class ArraySource:
 
     def shape(self, parameter: str) -> tuple[int, ...]:
         return self.arrays[parameter].shape
+
+    def origin(self, parameter: str) -> Hashable:
+        return (self, parameter)
 
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
         rows = self.arrays[parameter][start:stop].astype(np.float32)

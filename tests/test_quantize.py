@@ -234,7 +234,7 @@ def without(package: Path, folder: Path, *names: str) -> Path:
     """A copy of a package that never had these variants."""
     manifest = Package.open(package).manifest
     variants = {name: variant for name, variant in manifest.variants.items() if name not in names}
-    used = {f"onnx/{n}" for v in variants.values() for g in v.graphs.values() for n in (g.graph, g.data)}
+    used = {f"onnx/{n}" for v in variants.values() for g in v.graphs.values() for n in g.files}
     files = {name: e for name, e in manifest.files.items() if name in used or not name.startswith("onnx/")}
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

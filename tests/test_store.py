@@ -103,6 +103,9 @@ class HugeTable:
     def shape(self, parameter: str) -> tuple[int, ...]:
         return self.size
 
+    def origin(self, parameter: str) -> str:
+        return parameter
+
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
         assert start == self.read_to, "a table is read once, in order"
         self.read_to = stop

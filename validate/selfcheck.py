@@ -287,7 +287,7 @@ def _compare(name: str, stage: str, expected: Array, found: Array) -> Comparison
 
 def _graphs(package: Package, name: str) -> dict[str, str]:
     graphs = package.variant(name).graphs.values()
-    files = sorted({file for graph in graphs for file in (graph.graph, graph.data)})
+    files = sorted({file for graph in graphs for file in graph.files})
     return {file: package.manifest.files[f"onnx/{file}"].sha256 for file in files}
 
 
