@@ -10,7 +10,7 @@ from ..runtime.image import Patches
 from ..runtime.token_drop import kept_inputs
 from ..runtime.vision_inputs import vision_inputs
 from .eager import eager_modules
-from .images import ImageStages
+from .image_stages import ImageStages
 
 __all__ = ["EagerImages"]
 

@@ -25,16 +25,15 @@ from .candidate import Key
 from .compare import Comparison, NotCompared, compare_ids, compare_logits, compare_tensors
 from .golden import Case, Golden, StageEntry, input_path
 from .golden_compare import compare_hash
+from .image_stages import ImageStages, run_images
 from .samples import draw_picture
 
 __all__ = [
     "ImageReference",
     "ImageSample",
-    "ImageStages",
     "built_in_images",
     "compare_image_golden",
     "compare_image_sample",
-    "run_images",
 ]
 
 Array = NDArray[Any]
@@ -42,15 +41,6 @@ Record = Comparison | NotCompared
 _KINDS = {"pixel_values": "pixels", "hidden": "vision", "pooled": "projector"}
 _OPTIONS = ("group_images", "group_max_seq_len", "token_dropout", "keep_indices")
 _GROUP_MAX = 2048  # upstream's default of group_max_seq_len
-
-
-@dataclass(frozen=True)
-class ImageStages:
-    """Outputs of the graphs for some images, float32."""
-
-    vision: Array  # [N, D]
-    pooled: Array  # [I, D]
-    logits: Array | None  # [I, C]; None: no classifier
 
 
 @dataclass(frozen=True)
@@ -69,13 +59,6 @@ class ImageReference(Protocol):
     def encode(self, patches: Patches) -> ImageStages:
         """One image by itself, whatever it is packed with in the package."""
         ...
-
-
-def run_images(model: Model, patches: Sequence[Patches]) -> ImageStages:
-    """All stages of a variant, by one packed call."""
-    seen = model.encode_vision(patches)
-    logits = model.classify(seen.features) if "classifier" in model.manifest.roles else None
-    return ImageStages(seen.vision, seen.features, logits)
 
 
 # Golden cases

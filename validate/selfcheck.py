@@ -31,7 +31,7 @@ from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json, to_json
 from .compare import Comparison, StageRow, compare_ids, compare_logits, compare_tensors, stage_rows
 from .gates import Gate, GateTable
-from .images import run_images
+from .image_stages import run_images
 from .samples import draw_picture
 from .stages import run_stages
 
