@@ -1,7 +1,7 @@
 """SegmentCrossAttention: the queries of each segment over the keys of the same segment, in any two lengths.
 
 CPU: unmasked MultiHeadAttention a segment, as for attention within segments. CUDA: its packed kernel wants as many
-queries as keys, so one masked softmax over all pairs: queries are few (one or some dozens a segment).
+queries as keys, so all segments are padded to the longest, and one masked softmax goes over them.
 """
 
 import onnx
@@ -72,37 +72,56 @@ class LoopCrossAttention(InPlacePass):
 
 
 class MaskCrossAttention(InPlacePass):
-    """SegmentCrossAttention -> scores of all pairs, a softmax over those of the same segment, in float32 (CUDA)."""
+    """SegmentCrossAttention -> segments padded to the longest, a softmax in float32 over their own keys (CUDA).
+
+    So scores are as many as the segments times their longest lengths; over all pairs they would grow with its square.
+    """
 
     def call(self, model: ir.Model) -> PassResult:
         return PassResult(model, replace_operator(model, _OPERATOR, _masked))
 
 
 def _masked(tape: Tape, node: ir.Node) -> list[ir.Value]:
+    """T segments, L places of the longest, H heads of size E."""
     q, k, v, cu_queries, cu_keys = (value for value in node.inputs if value is not None)
     heads, scale = attribute(node, "num_heads").as_int(), attribute(node, "scale").as_float()
-    split = _ints(tape, 0, heads, -1)
-    q_NHE, k_MHE, v_MHE = (tape.op("Reshape", [x, split]) for x in (q, k, v))
-    q32 = tape.op("Cast", [tape.op("Transpose", [q_NHE], {"perm": [1, 0, 2]})], {"to": ir.DataType.FLOAT})
-    k32 = tape.op("Cast", [tape.op("Transpose", [k_MHE], {"perm": [1, 2, 0]})], {"to": ir.DataType.FLOAT})
-    scores_HNM = tape.op("Mul", [tape.op("MatMul", [q32, k32]), _float(tape, scale)])
-    mine = tape.op("Equal", [_segments(tape, q, cu_queries, 1), _segments(tape, k, cu_keys, 0)])
-    seen = tape.op("Where", [mine, scores_HNM, _float(tape, -1e30)])
+    q_index, q_own = _padded(tape, cu_queries)
+    k_index, k_own = _padded(tape, cu_keys)
+    split = _ints(tape, 0, 0, heads, -1)
+    q_TLHE, k_TLHE, v_TLHE = (
+        tape.op("Reshape", [tape.op("Gather", [x, index]), split])
+        for x, index in ((q, q_index), (k, k_index), (v, k_index))
+    )
+    q32 = tape.op("Cast", [tape.op("Transpose", [q_TLHE], {"perm": [0, 2, 1, 3]})], {"to": ir.DataType.FLOAT})
+    k32 = tape.op("Cast", [tape.op("Transpose", [k_TLHE], {"perm": [0, 2, 3, 1]})], {"to": ir.DataType.FLOAT})
+    scores_THLL = tape.op("Mul", [tape.op("MatMul", [q32, k32]), _float(tape, scale)])
+    mask = tape.op("Less", [_ints(tape, 0), tape.op("Unsqueeze", [k_own, _ints(tape, 1, 2)])])
+    seen = tape.op("Where", [mask, scores_THLL, _float(tape, -1e30)])
     weights = tape.op("CastLike", [tape.op("Softmax", [seen], {"axis": -1}), v])
-    out_HNE = tape.op("MatMul", [weights, tape.op("Transpose", [v_MHE], {"perm": [1, 0, 2]})])
-    out = tape.op("Transpose", [out_HNE], {"perm": [1, 0, 2]})
-    return [tape.op("Reshape", [out, _ints(tape, 0, -1)])]
+    out_THLE = tape.op("MatMul", [weights, tape.op("Transpose", [v_TLHE], {"perm": [0, 2, 1, 3]})])
+    out_TLHE = tape.op("Transpose", [out_THLE], {"perm": [0, 2, 1, 3]})
+    rows = tape.op("Reshape", [out_TLHE, tape.op("Concat", [_ints(tape, -1), _width(tape, q)], {"axis": 0})])
+    places = tape.op("NonZero", [tape.op("Less", [_ints(tape, 0), tape.op("Reshape", [q_own, _ints(tape, -1)])])])
+    return [tape.op("Gather", [rows, tape.op("Reshape", [places, _ints(tape, -1)])])]
 
 
-def _segments(tape: Tape, rows: ir.Value, bounds: ir.Value, axis: int) -> ir.Value:
-    """Number of the segment of each row, int64 [N, 1] (axis 1) or [1, N] (axis 0): how many segments have ended."""
-    one, end = _ints(tape, 1), _ints(tape, 2**63 - 1)
-    stops = tape.op("Slice", [tape.op("Cast", [bounds], {"to": ir.DataType.INT64}), one, end])
-    zero, step = (tape.op("Constant", [], {"value_int": number}) for number in (0, 1))
-    length = tape.op("Squeeze", [tape.op("Shape", [rows], {"start": 0, "end": 1})])
-    place = tape.op("Unsqueeze", [tape.op("Range", [zero, length, step]), _ints(tape, 1)])
-    ended = tape.op("Cast", [tape.op("GreaterOrEqual", [place, stops])], {"to": ir.DataType.INT64})
-    return tape.op("Unsqueeze", [tape.op("ReduceSum", [ended, _ints(tape, 1)], {"keepdims": 0}), _ints(tape, axis)])
+def _width(tape: Tape, x: ir.Value) -> ir.Value:
+    return tape.op("Shape", [x], {"start": 1, "end": 2})
+
+
+def _padded(tape: Tape, bounds: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """(row of each place of each segment, is it the segment's own: 1 or 0), int64 [T, L]; padding repeats a row."""
+    wide = tape.op("Cast", [bounds], {"to": ir.DataType.INT64})
+    zero, one, end = _ints(tape, 0), _ints(tape, 1), _ints(tape, 2**63 - 1)
+    starts = tape.op("Slice", [wide, zero, _ints(tape, -1)])
+    lengths = tape.op("Sub", [tape.op("Slice", [wide, one, end]), starts])
+    first, step = (tape.op("Constant", [], {"value_int": number}) for number in (0, 1))
+    longest = tape.op("ReduceMax", [lengths], {"keepdims": 0})
+    places = tape.op("Unsqueeze", [tape.op("Range", [first, longest, step]), zero])
+    real = tape.op("Less", [places, tape.op("Unsqueeze", [lengths, one])])
+    own = tape.op("Cast", [real], {"to": ir.DataType.INT64})
+    back = tape.op("Mul", [own, tape.op("Sub", [zero, places])])  # from the start, downwards
+    return tape.op("Sub", [tape.op("Unsqueeze", [starts, one]), back]), own
 
 
 def _ints(tape: Tape, *values: int) -> ir.Value:
