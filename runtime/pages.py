@@ -16,6 +16,7 @@ __all__ = ["drop_file_pages", "join_pages"]
 _DONTNEED = 4
 _COLLAPSE = 25  # Linux 6.1
 _LARGE = 2 << 20  # bytes of a large page on x86 and most of ARM; others decline
+_PIECE = 32 << 20
 _WORTHWHILE = 8 << 20
 _FULL = 0.95
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)")
@@ -47,14 +48,15 @@ def join_pages() -> None:
     """Moves large arrays of the process into large pages, as far as there are any free.
 
     Weights that are read once a token are read faster so: a processor knows the places of few thousand pages at a time,
-    and looks ahead no further than to the end of one.
+    and looks ahead no further than to the end of one. Takes seconds for gigabytes, during which all goes on as usual.
     """
     for mapping in _mappings():
         size = mapping.stop - mapping.start
         full = mapping.resident >= _FULL * size  # else it would fill holes that were meant to be empty
         if mapping.inode == 0 and mapping.access.startswith("rw-p") and size >= _WORTHWHILE and full:
             start, stop = -(-mapping.start // _LARGE) * _LARGE, mapping.stop // _LARGE * _LARGE
-            _advise(start, stop, _COLLAPSE)
+            for piece in range(start, stop, _PIECE):  # a process that ends waits for one piece at most
+                _advise(piece, min(piece + _PIECE, stop), _COLLAPSE)
 
 
 def _advise(start: int, stop: int, advice: int) -> None:

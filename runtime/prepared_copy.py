@@ -15,6 +15,7 @@ import os
 import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def open_graph(package: Package, role: str, variant: str, opener: Callable[[Path
             _log.warning("%s; took the package itself, `vlmport prepare` mends the copy", error)
     session = opener(package.graph_path(role, variant))
     if role == "decoder" and package.manifest.target == "cpu":
-        join_pages()  # its weights are read once a token; other roles read theirs once a prompt
+        # Its weights are read once a token, other roles' once a prompt. Nobody has to wait for it.
+        threading.Thread(target=join_pages, name="join-pages", daemon=True).start()
     return session
 
 
