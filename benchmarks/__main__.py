@@ -54,6 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--smoke", action="store_true", help="int4 alone, small images, short prompts")
     rendered = commands.add_parser("render", help="the tables of a bench-SHAPE.json as Markdown")
     rendered.add_argument("file", metavar="FILE", type=Path)
+    rendered.add_argument(
+        "--into", metavar="DOC", type=Path, help="put it between the marks <!-- SHAPE --> of this file"
+    )
     nodes = commands.add_parser("nodes", help="the nodes of each graph in a bench-SHAPE.json, as JSON")
     nodes.add_argument("file", metavar="FILE", type=Path)
     return parser
@@ -95,7 +98,16 @@ def _run(args: argparse.Namespace) -> int:
 def _render(args: argparse.Namespace) -> int:
     from .report import markdown
 
-    print(markdown(_read(args.file)), end="")
+    report = _read(args.file)
+    if args.into is None:
+        print(markdown(report), end="")
+        return 0
+    begin, end = f"<!-- {report.shape} -->\n", f"<!-- /{report.shape} -->"
+    before, found, rest = args.into.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise InputError(f"{args.into}: has no {begin.strip()} ... {end} to put the tables between; add the two lines")
+    args.into.write_text(f"{before}{begin}{markdown(report)}{end}{after}", encoding="utf-8")
     return 0
 
 

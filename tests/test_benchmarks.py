@@ -264,6 +264,20 @@ def test_render_prints_the_markdown(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == markdown(example())
 
 
+def test_render_puts_the_tables_between_their_marks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, document = tmp_path / "bench.json", tmp_path / "doc.md"
+    file.write_text(json.dumps(to_json(example())))
+    document.write_text("a\n<!-- 3b -->\nold\n<!-- /3b -->\nz\n<!-- 7b -->\nkept\n<!-- /7b -->\n")
+    for _ in range(2):  # the second time changes nothing
+        assert main(["render", str(file), "--into", str(document)]) == 0
+    tables = f"<!-- 3b -->\n{markdown(example())}<!-- /3b -->"
+    assert document.read_text() == f"a\n{tables}\nz\n<!-- 7b -->\nkept\n<!-- /7b -->\n"
+    document.write_text("no marks")
+    assert main(["render", str(file), "--into", str(document)]) == 2
+    assert document.read_text() == "no marks"
+    assert "has no <!-- 3b -->" in capsys.readouterr().err
+
+
 def test_nodes_are_those_of_the_first_variant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
     file.write_text(json.dumps(to_json(example())))
