@@ -19,7 +19,8 @@ def session() -> ort.InferenceSession:
     names = ("q", "k", "v")
     inputs = [ir.val(name, ir.DataType.FLOAT, ["n", WIDTH]) for name in names]
     inputs.append(ir.val("cu_seqlens", ir.DataType.INT32, ["bounds"]))
-    node = ir.node("SegmentAttention", inputs, {"num_heads": HEADS, "scale": (WIDTH // HEADS) ** -0.5}, domain="vlmport")
+    attributes = {"num_heads": HEADS, "scale": (WIDTH // HEADS) ** -0.5}
+    node = ir.node("SegmentAttention", inputs, attributes, domain="vlmport")
     output = node.outputs[0]
     output.name, output.dtype, output.shape = "y", ir.DataType.FLOAT, ir.Shape(["n", WIDTH])
     graph = ir.Graph(inputs, [output], nodes=[node], opset_imports={"": 23, "vlmport": 1}, name="attention")
