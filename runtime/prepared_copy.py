@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import CapacityError, PackageError
+from .errors import CapacityError, InputError, PackageError
 from .manifest import FileEntry
 from .package import Package, file_entry
 from .pages import drop_file_pages, join_pages
@@ -41,6 +41,7 @@ __all__ = [
 
 _LAYOUT = 1  # of the folder and of the session options that wrote it
 _GRAPH, _DATA, _NOTE = "graph.onnx", "graph.onnx_data", "prepared.json"
+_STAGING = ".vlmport-prepare-"  # what hidden siblings are called while they are filled
 _UNPREPARED = ("embed_tokens",)  # a table: its kernels read it as it is
 _GROWTH = 3  # the copy holds the weights as they were and as the kernels want them, sometimes in a wider type
 _SLACK = 64 << 20
@@ -65,12 +66,18 @@ class PreparedCopy:
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: $VLMPORT_CACHE, or vlmport/prepared under $XDG_CACHE_HOME or ~/.cache."""
+    """Where copies are kept: $VLMPORT_CACHE, or vlmport/prepared under $XDG_CACHE_HOME or ~/.cache.
+
+    Raises InputError where none of them is known, as in a container whose user has no home.
+    """
     own = os.environ.get("VLMPORT_CACHE")
     if own:
         return Path(own)
     home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "vlmport" / "prepared"
+    try:
+        return (Path(home) if home else Path.home() / ".cache") / "vlmport" / "prepared"
+    except RuntimeError:
+        raise InputError("VLMPORT_CACHE: is not set, and this user has no home folder; name a place there") from None
 
 
 def roles_of(package: Package, variant: str | None = None) -> list[str]:
@@ -90,16 +97,17 @@ def prepare_graph(package: Package, role: str, variant: str | None = None) -> tu
     """
     name, key = _graph_name(package, role, variant), _key(package, role, variant)
     folder = cache_folder() / key
-    there = _read(folder)
-    if there is not None and all(file_entry(folder / file) == entry for file, entry in there.files.items()):
-        return there, False
-    source = package.graph_path(role, variant)
-    data = package.manifest.files[f"onnx/{package.variant(variant).graphs[role].data}"].size
-    with _staging(folder, _GROWTH * data + _SLACK) as staging:
-        save_prepared(source, staging / _GRAPH, staging / _DATA)
-        files = {file.name: file_entry(file) for file in sorted(staging.iterdir())}
-        copy = PreparedCopy(str(package.path.resolve()), name, key, _cpu(), _version(), files)
-        (staging / _NOTE).write_text(json.dumps(to_json(copy), indent=2) + "\n", encoding="utf-8")
+    with _only_writer(folder.parent):
+        there = _read(folder)
+        if there is not None and all(file_entry(folder / file) == entry for file, entry in there.files.items()):
+            return there, False
+        source = package.graph_path(role, variant)
+        data = sum(package.manifest.files[f"onnx/{file}"].size for file in package.variant(variant).graphs[role].files)
+        with _staging(folder, _GROWTH * data + _SLACK) as staging:
+            save_prepared(source, staging / _GRAPH, staging / _DATA)
+            files = {file.name: file_entry(file) for file in sorted(staging.iterdir())}
+            copy = PreparedCopy(str(package.path.resolve()), name, key, _cpu(), _version(), files)
+            (staging / _NOTE).write_text(json.dumps(to_json(copy), indent=2) + "\n", encoding="utf-8")
     return copy, True
 
 
@@ -107,7 +115,10 @@ def find_prepared(package: Package, role: str, variant: str | None = None) -> Pa
     """The graph file of a copy that fits this box and has all its bytes, or None. Says nothing of their content."""
     if package.manifest.target != "cpu" or role in _UNPREPARED:
         return None
-    folder = cache_folder() / _key(package, role, variant)
+    try:
+        folder = cache_folder() / _key(package, role, variant)
+    except InputError:  # nowhere to keep copies, so there are none
+        return None
     return folder / _GRAPH if _read(folder) is not None else None
 
 
@@ -190,24 +201,42 @@ def _read(folder: Path) -> PreparedCopy | None:
 
 
 @contextmanager
+def _only_writer(cache: Path) -> Generator[None]:
+    """Waits for the lock of the cache, which ends with the process, however it ends; what was half done then goes."""
+    import fcntl  # not there on every system that runs packages
+
+    try:
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(cache, os.O_RDONLY)
+    except OSError as error:
+        raise CapacityError(f"{error.filename}: {error.strerror}; name another place in VLMPORT_CACHE") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in cache.glob(f"{_STAGING}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextmanager
 def _staging(folder: Path, num_bytes: int) -> Generator[Path]:
     """A hidden sibling that takes the folder's place once it is full and synced, or is removed."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         free = shutil.disk_usage(folder.parent).free
         if free < num_bytes:
             raise CapacityError(
                 f"{folder.parent}: a copy may take {num_bytes} bytes, the disk has {free} free; make room, or name "
                 "another place in VLMPORT_CACHE"
             )
-        staging = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder.parent))
     except OSError as error:
         raise CapacityError(f"{error.filename}: {error.strerror}; name another place in VLMPORT_CACHE") from error
     try:
         yield staging
         for file in staging.iterdir():
             _sync(file)
-        if folder.exists():  # damaged, or made by another process in the meantime
+        if folder.exists():  # damaged
             shutil.rmtree(folder)
         staging.rename(folder)
         _sync(folder.parent)

@@ -1,8 +1,11 @@
 """Prepared copies: the same bits as without, used where they fit, passed over where not, whole or not there."""
 
+import fcntl
 import json
 import logging
+import os
 import shutil
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from vlmport.cli.main import main
-from vlmport.runtime import CapacityError, Model, PackageError, load, pages, prepared_copy
+from vlmport.runtime import CapacityError, InputError, Model, PackageError, load, pages, prepared_copy
 from vlmport.runtime.manifest import FileEntry
 from vlmport.runtime.package import Package
 from vlmport.runtime.prepared_copy import find_prepared, prepare_graph, prepared_copies, roles_of
@@ -134,6 +137,46 @@ def test_a_cache_that_cannot_be_made(package: Package, tmp_path: Path, monkeypat
     with pytest.raises(CapacityError, match=r"Not a directory.*VLMPORT_CACHE"):
         prepare_graph(package, "decoder", "int4")
     assert find_prepared(package, "decoder", "int4") is None
+
+
+def test_what_a_killed_run_left_goes(package: Package, cache: Path) -> None:
+    left, other = cache / f"{prepared_copy._STAGING}x", cache / ".other"
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "graph.onnx_data").write_bytes(b"half")
+    assert prepare_graph(package, "decoder", "int4")[1]
+    assert not left.exists()
+    assert other.exists()  # the cache may be a folder that holds other things too
+
+
+def test_one_process_prepares_at_a_time(package: Package, cache: Path) -> None:
+    cache.mkdir()
+    made: list[bool] = []
+    lock = os.open(cache, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    waiting = [
+        threading.Thread(target=lambda: made.append(prepare_graph(package, "decoder", "int4")[1])) for _ in range(2)
+    ]
+    for thread in waiting:
+        thread.start()
+    waiting[0].join(0.5)
+    assert list(cache.iterdir()) == made == []
+    os.close(lock)
+    for thread in waiting:
+        thread.join()
+    assert sorted(made) == [False, True]  # the second finds what the first has made
+
+
+def test_a_user_without_a_home_runs_packages(package: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("VLMPORT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert find_prepared(package, "decoder", "int4") is None
+    with pytest.raises(InputError, match="VLMPORT_CACHE"):
+        prepare_graph(package, "decoder", "int4")
 
 
 def test_other_targets_are_refused(package: Package, tmp_path: Path) -> None:
