@@ -86,7 +86,7 @@ def write_data(
     slots = [slot for slot in slots if slot.shared is None]
     writer, total = _Writer(file, path, size), sum(slot.num_bytes for slot in slots)
     done = sum(writer.put(slot, 0, constant_bytes(slot.value)) for slot in slots if slot.stored is None)
-    threads = len(os.sched_getaffinity(0))
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with FollowingDigest(file) as digest, ThreadPoolExecutor(threads, "quantize") as pool:
         pending: deque[tuple[Future[int], _Parameter, bool]] = deque()
 

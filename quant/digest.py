@@ -61,7 +61,7 @@ class FollowingDigest:
                 digest.update(block)
                 position += len(block)
                 if position - synced >= _SYNC_BYTES:
-                    os.fdatasync(self._file)
+                    os.fsync(self._file)  # not fdatasync, which macOS has not
                     synced = position
         os.fsync(self._file)
         return FileEntry(digest.hexdigest(), position)
