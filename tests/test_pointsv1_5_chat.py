@@ -25,6 +25,7 @@ from vlmport.runtime.generate import GenerationOptions
 from vlmport.runtime.model import Model
 from vlmport.runtime.package import Package
 from vlmport.runtime.sample import SamplingParams
+from vlmport.validate import eager
 from vlmport.validate.eager import EagerReference, eager_modules
 from vlmport.validate.gates import DEFAULT_GATES
 from vlmport.validate.golden import load_golden
@@ -135,6 +136,16 @@ def test_the_fused_decoder_computes_what_upstreams_code_does(changes: dict[str, 
         expected = upstream_logits(tensors, config["llm_config"], embeds[0])
     assert expected.std() > 0.1
     torch.testing.assert_close(found[0], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_weights_of_modules_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "checkpoint", fused_config()))
+    whole = eager_modules(checkpoint, FAMILY)
+    monkeypatch.setattr(eager, "_CHUNK_BYTES", 700)  # two rows of most
+    for role, module in eager_modules(checkpoint, FAMILY).items():
+        torch.testing.assert_close(
+            dict(module.named_parameters()), dict(whole[role].named_parameters()), atol=0, rtol=0
+        )
 
 
 def test_a_package_of_fused_queries_keys_and_values_with_every_bias(tmp_path: Path) -> None:

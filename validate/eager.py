@@ -23,6 +23,7 @@ from ..runtime.vision_inputs import vision_inputs
 __all__ = ["EagerReference", "eager_modules"]
 
 Array = NDArray[Any]
+_CHUNK_BYTES = 64 << 20  # float32 bytes that are read at once; a system reads no more than 2 GiB in a call
 
 
 def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch.nn.Module]:
@@ -43,8 +44,10 @@ def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch
     stored = resolve(checkpoint, wanted, family.normalise, lambda name: family.unused(checkpoint.config, name))
     source = CheckpointSource(stored, shapes)
     for key, values in parameters.items():
-        rows = source.rows(key, 0, shapes[key][0])
-        values.data.copy_(torch.from_numpy(rows.reshape(shapes[key])))
+        step = max(1, _CHUNK_BYTES * len(values) // max(1, 4 * values.numel()))
+        for start in range(0, len(values), step):
+            stop = min(start + step, len(values))
+            values.data[start:stop].copy_(torch.from_numpy(source.rows(key, start, stop)))
     return modules
 
 
