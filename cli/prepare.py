@@ -9,8 +9,9 @@ import shutil
 import time
 from pathlib import Path
 
+from ..runtime.errors import InputError
 from ..runtime.package import Package
-from ..runtime.prepared_copy import cache_folder, prepare_graph, prepared_copies, roles_of
+from ..runtime.prepared_copy import cache_folder, only_writer, prepare_graph, prepared_copies, roles_of
 from ..runtime.schema import to_json
 from .progress import Progress
 from .table import table
@@ -29,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     package = Package.open(args.package)
+    if args.json and not args.list:
+        raise InputError("--json: means nothing without --list; leave it out")
+    if args.variant is not None and (args.list or args.remove):
+        raise InputError("--variant: --list and --remove are for all variants; leave it out")
     if args.list:
         return _list(package, as_json=args.json)
     if args.remove:
@@ -41,9 +46,10 @@ def execute(args: argparse.Namespace) -> int:
             copy, is_new = prepare_graph(package, role, args.variant)
             made, size = made + is_new, size + copy.size
         progress(len(roles), len(roles), "done")
-    for place, _, fits in list(prepared_copies(package)):
-        if not fits:  # an older package, CPU or ONNX Runtime
-            shutil.rmtree(place)
+    with only_writer(cache_folder()):
+        for place, _, fits in list(prepared_copies(package)):
+            if not fits:  # an older package, CPU or ONNX Runtime
+                shutil.rmtree(place)
     if not made:
         print(f"{package.path}: is prepared for this box already, {size / 1e6:.1f} MB in {cache_folder()}")
         return 0
@@ -70,9 +76,10 @@ def _list(package: Package, *, as_json: bool) -> int:
 
 
 def _remove(package: Package) -> int:
-    copies = list(prepared_copies(package))
-    for place, _, _ in copies:
-        shutil.rmtree(place)
+    with only_writer(cache_folder()):
+        copies = list(prepared_copies(package))
+        for place, _, _ in copies:
+            shutil.rmtree(place)
     freed = sum(copy.size for _, copy, _ in copies)
     print(f"{package.path}: removed {len(copies)} copies, {freed / 1e6:.1f} MB, from {cache_folder()}")
     return 0

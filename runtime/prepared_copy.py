@@ -33,6 +33,7 @@ __all__ = [
     "PreparedCopy",
     "cache_folder",
     "find_prepared",
+    "only_writer",
     "open_graph",
     "prepare_graph",
     "prepared_copies",
@@ -97,7 +98,7 @@ def prepare_graph(package: Package, role: str, variant: str | None = None) -> tu
     """
     name, key = _graph_name(package, role, variant), _key(package, role, variant)
     folder = cache_folder() / key
-    with _only_writer(folder.parent):
+    with only_writer(folder.parent):
         there = _read(folder)
         if there is not None and all(file_entry(folder / file) == entry for file, entry in there.files.items()):
             return there, False
@@ -201,8 +202,11 @@ def _read(folder: Path) -> PreparedCopy | None:
 
 
 @contextmanager
-def _only_writer(cache: Path) -> Generator[None]:
-    """Waits for the lock of the cache, which ends with the process, however it ends; what was half done then goes."""
+def only_writer(cache: Path) -> Generator[None]:
+    """Waits for the lock of the cache, which ends with the process, however it ends; what was half done then goes.
+
+    Raises CapacityError where the cache cannot be made.
+    """
     import fcntl  # not there on every system that runs packages
 
     try:

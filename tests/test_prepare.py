@@ -209,7 +209,8 @@ def test_the_command(package: Package, cache: Path, capsys: pytest.CaptureFixtur
     assert main(["prepare", folder, "--remove"]) == 0
     assert "removed 3 copies" in capsys.readouterr().out
     assert list(cache.iterdir()) == []
-    assert main(["prepare", folder, "--variant", "nothing"]) == 2
+    for mistake in (["--variant", "nothing"], ["--json"], ["--remove", "--variant", "int4"]):
+        assert main(["prepare", folder, *mistake]) == 2
 
 
 def test_pages_change_no_value(tmp_path: Path) -> None:
