@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-__all__ = ["DOMAIN", "emit", "emit_many", "float_constant", "is_tracing"]
+__all__ = ["DOMAIN", "Size", "emit", "emit_many", "float_constant", "is_tracing"]
 
 DOMAIN = "vlmport"
 _VERSION = 1
