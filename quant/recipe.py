@@ -46,6 +46,7 @@ class WeightFormat:
 
     activations "int8-dynamic" is for linears of the cpu target: bits 8, signed codes with a scale a channel, multiplied
     in integers with activations that are rounded to 8 bits with a scale a token (quant/dynamic.py). It has no blocks.
+    `balance` lets such linears take over large channels of the norm in front of them (quant/balance.py).
     """
 
     bits: int
@@ -54,6 +55,7 @@ class WeightFormat:
     accuracy_level: int = 4
     method: str = "rtn"
     activations: Literal["float", "int8-dynamic"] = "float"
+    balance: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (32, 16, 8, 4):
@@ -62,6 +64,10 @@ class WeightFormat:
             raise RecipeError(f"method {self.method!r} is unknown; known methods are {', '.join(METHODS)}")
         if self.activations == "int8-dynamic" and self.bits != 8:
             raise RecipeError(f"activations int8-dynamic with bits {self.bits}: use bits 8")
+        if self.balance and not self.is_dynamic:
+            raise RecipeError(
+                "balance true: it is for rounded activations; leave it out, or use activations int8-dynamic"
+            )
         if not self.is_quantized or self.is_dynamic:
             if (self.block_size, self.symmetric, self.accuracy_level) != (_DEFAULT_BLOCK, False, 4):
                 what = "with activations int8-dynamic" if self.is_dynamic else "is a float and"
@@ -213,7 +219,7 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
     if base in ("fp32", "fp16"):
         return None if block else (Rule("*/*.weight", WeightFormat(bits=int(base[2:]))),)
     int8 = WeightFormat(bits=8)
-    dynamic = WeightFormat(bits=8, activations="int8-dynamic")
+    dynamic = WeightFormat(bits=8, activations="int8-dynamic", balance=True)
     block_size = int(block) if block else _DEFAULT_BLOCK
     blocks = WeightFormat(bits=8, block_size=block_size)
     # Towers are most of the time to the first token on a CPU, and take rounded activations well.

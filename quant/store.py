@@ -1,7 +1,7 @@
 """Writes a graph and its weights, a few megabytes at a time.
 
 `<stem>.onnx_data` holds the bytes of every initializer of 1 KiB or more, in the order of the graph; `<stem>.onnx`
-holds the graph and the small ones. Equal graphs and equal weights give equal bytes. A weight is read once, in chunks of
+holds the graph and the small ones. Equal graphs and equal weights give equal bytes. A weight is read in chunks of
 rows, and each chunk goes to its place in each of the pieces (codes, scales, zero points): none is in memory as a whole
 but codes that lie by columns, which are gathered first, a byte a value.
 """

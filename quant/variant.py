@@ -7,6 +7,7 @@ import onnx_ir as ir
 
 from ..runtime.manifest import FileEntry, GraphFile, Variant
 from ..runtime.schema import to_json
+from .balance import balance
 from .recipe import Recipe, Target, file_stem, precision_label
 from .rewrite import rewrite
 from .store import Content, Place, Progress, WeightSource, places, write_graph
@@ -44,7 +45,7 @@ def write_variant(
             if role != _TABLES:
                 continue
         model, source = open_role(role)
-        stored = rewrite(model, role, recipe, target)
+        stored, source = balance(model, rewrite(model, role, recipe, target), source)
         if role == _TABLES:
             known = places(model, stored, source, stem)
         if not alike:

@@ -67,6 +67,26 @@ def decoder(shapes: dict[str, tuple[int, int]], dtype: ir.DataType = F32) -> ir.
     return _model([x], nodes, initializers)
 
 
+def normed(norm: str, shapes: dict[str, tuple[int, int]]) -> ir.Model:
+    """x [rows, K] -> a norm with a weight (and a bias, if it is a LayerNormalization) -> the sum of linears [N, K]."""
+    num_rows, width = next(iter(shapes.values()))
+    x = ir.Value(name="x", shape=ir.Shape(("rows", width)), type=ir.TensorType(F32))
+    initializers = [parameter("norm.weight", (width,))]
+    if norm == "LayerNormalization":
+        initializers.append(parameter("norm.bias", (width,)))
+    nodes = [_node(norm, [x, *initializers], "normed", ("rows", width), F32, axis=-1, epsilon=1e-6)]
+    out = ("rows", num_rows)
+    results = []
+    for name, shape in shapes.items():
+        weight = parameter(name, shape)
+        initializers.append(weight)
+        linear = _node("FusedMatMul", [nodes[0].outputs[0], weight], f"{name}_out", out, F32, "com.microsoft", transB=1)
+        nodes.append(linear)
+        results.append(linear.outputs[0])
+    nodes.append(_node("Sum", results, "total", out, F32))
+    return _model([x], nodes, initializers)
+
+
 def embedding(num_rows: int, num_columns: int, dtype: ir.DataType = F32) -> ir.Model:
     """ids [n] -> embed_tokens.weight[ids]."""
     ids = ir.Value(name="ids", shape=ir.Shape(("n",)), type=ir.TensorType(ir.DataType.INT64))

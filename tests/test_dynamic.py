@@ -153,7 +153,8 @@ def test_the_file_holds_codes_by_inputs(tmp_path: Path) -> None:
 def test_builtin_rules_depend_on_the_target() -> None:
     for name in ("int8", "int4"):
         recipe = load_recipe(name)
-        assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cpu") == DYNAMIC
+        on_cpu = recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cpu")
+        assert on_cpu == WeightFormat(bits=8, activations="int8-dynamic", balance=True)
         assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cuda") == WeightFormat(bits=8)
     for shape in (F16, None):
         model = decoder({"blocks.weight": (32, 64)}, *([shape] if shape else []))

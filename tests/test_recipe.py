@@ -22,7 +22,7 @@ from vlmport.runtime.manifest import ROLES
 from vlmport.runtime.schema import from_json, to_json
 
 INT8, INT4 = WeightFormat(bits=8), WeightFormat(bits=4)
-DYNAMIC = WeightFormat(bits=8, activations="int8-dynamic")
+DYNAMIC = WeightFormat(bits=8, activations="int8-dynamic", balance=True)
 
 
 def labels(recipe: Recipe, target: Target = "cpu") -> dict[str, str]:
