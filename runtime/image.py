@@ -286,7 +286,8 @@ def native_size(height: int, width: int, spec: ImageSpec, min_pixels: int, max_p
     scale = min(grown, math.sqrt(max_pixels / area), spec.max_sides[0] / height, spec.max_sides[1] / width)
     rows, columns = round(height * scale / size), round(width * scale / size)
     if rows * columns * size**2 > max_pixels:
-        rows, columns = (max(1, math.floor(side * scale / size)) for side in (height, width))
+        most = max(1, max_pixels // size**2)  # of one side, where the other is raised to a whole patch
+        rows, columns = (min(max(1, math.floor(side * scale / size)), most) for side in (height, width))
     if min(rows, columns) < 1:
         raise InputError(
             f"{width}x{height} is too narrow: of at most {max_pixels} pixels, within "
