@@ -108,4 +108,4 @@ def test_the_checkpoint_reads_an_unseen_receipt(receipts):
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
     examples = [receipts.heldout_example(7, index) for index in range(5)]
     said = [evaluate.answer(model, tokenizer, inputs.preprocess(entry.image), entry.question) for entry in examples]
-    assert sum(text == entry.answer for text, entry in zip(said, examples, strict=True)) >= 2  # 56 % in 500
+    assert sum(text == entry.answer for text, entry in zip(said, examples, strict=True)) >= 4  # 95 % in 500

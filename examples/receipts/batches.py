@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 CHUNK = 64  # receipts that are sorted by length together
 TOKENS_PER_BATCH = 2560  # a rank
 SHORT_A_ROW = 6
-TEXT_SHARE = 0.35  # of the rows have the whole text
+TEXT_SHARE = 0.45  # of the rows have the whole text
 READ_WELL = 0.06  # mean loss at which the next lesson begins
 SHORT_ANSWER_WEIGHT = 6.0  # the whole text has about nine times as many tokens as a short answer
 NO_TARGET = -100

@@ -30,7 +30,7 @@ MAX_ITEMS = 8
 MAX_NEW_TOKENS = 128  # the longest whole text takes about 100 tokens
 HELDOUT_SHARE = 16  # one text in so many is held out
 PRICE_CENTS = (5, 9999)
-DEAREST_GAP = 1.2  # the dearest item costs at least so many times the second: reading must decide, not the last cent
+DEAREST_GAP = 1.5  # the dearest item costs at least so many times the second: reading must decide, not the last cent
 FACES = (  # (package, file); None is the face that Pillow carries
     (None, "built-in"),
     ("font_caladea", "Caladea-Regular.ttf"),
@@ -151,15 +151,15 @@ def draw_image(rng: np.random.Generator, items: tuple[Item, ...], total_label: s
 
     size = round(vary(20, 17.5, 22.5))
     font = load_face(int(rng.integers(len(FACES))) if rng.random() < variety else 0, size)
-    pitch = vary(28, 26.5, 29.5)
-    margin_x, margin_y = vary(6, 3, 10), vary(0, 0, 4)
+    pitch = vary(28, 27.4, 28.6)
+    margin_x, margin_y = vary(6, 3, 10), vary(0, 0, 3)
     rows = printed_rows(items, total_label)
     gap = vary(14, 0.6 * size, 2.0 * size)
     content = max(font.getlength(name) + gap + font.getlength(price) for name, price in rows)
     width = round(content + 2 * margin_x + vary(0, 0, 24))
     ragged = rng.random() < 0.2 * variety
     ruled = rng.random() < 0.5 * variety
-    height = round(margin_y + vary(0, 0, 6) + pitch * len(rows))
+    height = round(margin_y + vary(0, 0, 4) + pitch * len(rows))
 
     mask = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(mask)

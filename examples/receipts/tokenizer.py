@@ -6,7 +6,7 @@ from inputs import SYSTEM
 from receipts import KINDS, ask, make_receipt
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-VOCAB_SIZE = 512
+VOCAB_SIZE = 736
 SPECIAL = (  # in the order of their ids; the last eight are added tokens that Qwen does not mark as special
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
     *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>"),
