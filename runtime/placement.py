@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image
 
-from .model import LoadOptions, Model
+from .model import Model
+from .opened import LoadOptions
 from .package import Package
 from .session import GraphSession, open_session
 

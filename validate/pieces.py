@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from ..runtime.cache import cache_names
-from ..runtime.model import LoadOptions, Model
+from ..runtime.model import Model
+from ..runtime.opened import LoadOptions
 from ..runtime.package import Package
 from ..runtime.prepare import Prepared
 from ..runtime.session import GraphSession, require_onnxruntime
