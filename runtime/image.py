@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from .errors import CapacityError, InputError, PackageError
-from .manifest import ImageSpec
+from .manifest import SQUARE_STRATEGIES, ImageSpec
+from .square import make_square
 
 __all__ = [
     "MAX_SOURCE_PIXELS",
@@ -190,6 +191,7 @@ def preprocess_images(
         "smart_resize": _smart_resized,
         "shrink_then_smart_resize": _shrunk_first,
         "native": _native,
+        **dict.fromkeys(SQUARE_STRATEGIES, _squared),
     }
     if spec.strategy not in strategies:
         raise PackageError(
@@ -235,6 +237,12 @@ def _native(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOption
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
     return _resized(frames, height, width, spec, name)
+
+
+def _squared(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions, name: str) -> Patches:
+    """Each image as the square that the vision encoder takes."""
+    options.refuse(name, "min_pixels", "max_pixels", known="images of one size")
+    return patchify([make_square(frame, spec, MAX_SOURCE_PIXELS, name) for frame in frames], spec)
 
 
 def _resized(frames: Sequence[Image.Image], height: int, width: int, spec: ImageSpec, name: str) -> Patches:

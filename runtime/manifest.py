@@ -11,6 +11,7 @@ from typing import Any, Literal
 __all__ = [
     "ROLES",
     "SCHEMA",
+    "SQUARE_STRATEGIES",
     "CacheSpec",
     "FileEntry",
     "GenerationDefaults",
@@ -21,6 +22,7 @@ __all__ = [
     "PromptSpec",
     "SliceSpec",
     "Source",
+    "SquareSpec",
     "TensorInfo",
     "TileTokens",
     "Variant",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 SCHEMA = "vlmport-package/1"
+SQUARE_STRATEGIES = ("center_crop", "pad_square", "stretch")
 ROLES = ("vision_encoder", "projector", "classifier", "embed_tokens", "decoder")
 
 
@@ -62,6 +65,22 @@ class SliceSpec:
 
 
 @dataclass(frozen=True)
+class SquareSpec:
+    """How an image of any shape becomes a square (runtime/square.py)."""
+
+    side: int  # pixels of the square that the vision encoder takes
+    resized: int  # pixels of the short side before what is over `side` is cut off; `side` where nothing is
+    fill: tuple[int, int, int] = (0, 0, 0)  # RGB of what is added around an image, where its strategy adds
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "side", "resized")
+        if self.resized < self.side:
+            raise ValueError(f"resized is {self.resized}, less than side {self.side}; there is nothing to fill it with")
+        if any(not 0 <= value < 256 for value in self.fill):
+            raise ValueError(f"fill is {list(self.fill)}; a colour has three numbers from 0 to 255")
+
+
+@dataclass(frozen=True)
 class ImageSpec:
     """How an image becomes patches. `strategy` names a function of runtime/image.py."""
 
@@ -78,6 +97,7 @@ class ImageSpec:
     small_sides_any_ratio: bool = False  # no limit of the sides' ratio where one is under a merge block
     slices: SliceSpec | None = None  # of the strategy "slices", which has no pixel limits
     max_sides: tuple[int, int] | None = None  # of the strategy "native": height and width of the largest image
+    square: SquareSpec | None = None  # of the strategies of runtime/square.py, which have no pixel limits
 
     def __post_init__(self) -> None:
         _above_zero(self, "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
@@ -85,6 +105,10 @@ class ImageSpec:
             raise ValueError(f"slices does not go with strategy {self.strategy!r}; export the checkpoint again")
         if (self.strategy == "native") != (self.max_sides is not None):
             raise ValueError(f"max_sides does not go with strategy {self.strategy!r}; export the checkpoint again")
+        if (self.strategy in SQUARE_STRATEGIES) != (self.square is not None):
+            raise ValueError(f"square does not go with strategy {self.strategy!r}; export the checkpoint again")
+        if self.square is not None and self.square.side % (self.patch_size * self.merge_size):
+            raise ValueError(f"square.side is {self.square.side}; it has to be a multiple of the merge block")
         if self.max_sides is not None and any(side < 1 or side % self.patch_size for side in self.max_sides):
             raise ValueError(f"max_sides is {list(self.max_sides)}; both have to be multiples of the patch size")
         if not all(0 < value < math.inf for value in self.std):
