@@ -9,17 +9,32 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..runtime.errors import CheckpointError
-from ..runtime.manifest import ImageSpec
+from ..runtime.manifest import ImageSpec, SquareSpec
 from .family import Json
 from .fields import read_field, read_numbers, read_size
 
-__all__ = ["PatchGeometry", "image_processor", "smart_resize_spec"]
+__all__ = ["PatchGeometry", "image_processor", "smart_resize_spec", "square_spec"]
 
+_FILE = "preprocessor_config.json"
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Resample = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _RESAMPLE: dict[int, Resample] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 _STEPS = ("do_convert_rgb", "do_resize", "do_rescale", "do_normalize")
+# Of transformers' CLIPImageProcessor (and LlavaImageProcessor) and SiglipImageProcessor, for what a file leaves out.
+_CLIP_PROCESSOR: Json = {
+    "size": {"shortest_edge": 224},
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "image_mean": list(_CLIP_MEAN),
+    "image_std": list(_CLIP_STD),
+}
+_SIGLIP_PROCESSOR: Json = {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +81,7 @@ def smart_resize_spec(processor: Json, geometry: PatchGeometry) -> ImageSpec:
 
     Raises CheckpointError where it leaves out a step, or cuts patches of another size than the graphs take.
     """
-    file = "preprocessor_config.json"
+    file = _FILE
     if skipped := [step for step in _STEPS if not read_field(processor, step, bool, True, file=file)]:
         raise CheckpointError(f"{file}: {skipped[0]} is false, which is not supported; every step must be on")
     sizes = {
@@ -80,9 +95,6 @@ def smart_resize_spec(processor: Json, geometry: PatchGeometry) -> ImageSpec:
             raise CheckpointError(f"{file}: {name} is {found}, config.json says {size}; copy both from one checkpoint")
     if geometry.channels != 3:
         raise CheckpointError(f"config.json: vision_config.in_channels is {geometry.channels}; images have 3 (RGB)")
-    resample = read_field(processor, "resample", int, 3, file=file)
-    if resample not in _RESAMPLE:
-        raise CheckpointError(f"{file}: resample is {resample}; known are {', '.join(map(str, _RESAMPLE))}")
     low = read_size(processor, "min_pixels", read_size(processor, "size.shortest_edge", 56 * 56, file=file), file=file)
     high = read_size(
         processor, "max_pixels", read_size(processor, "size.longest_edge", 28 * 28 * 1280, file=file), file=file
@@ -99,5 +111,72 @@ def smart_resize_spec(processor: Json, geometry: PatchGeometry) -> ImageSpec:
         mean=read_numbers(processor, "image_mean", _CLIP_MEAN, file=file),
         std=read_numbers(processor, "image_std", _CLIP_STD, file=file),
         rescale=read_field(processor, "rescale_factor", float, 1 / 255, file=file),
-        resample=_RESAMPLE[resample],
+        resample=_resample(processor),
     )
+
+
+def square_spec(
+    processor: Json, side: int, patch_size: int, *, merge_size: int = 1, pads: bool | None = None
+) -> ImageSpec:
+    """The ImageSpec of an image processor of CLIP, SigLIP or LLaVA, for a tower that takes squares of `side` pixels.
+
+    `pads`: whether images are padded to squares first; None is as the file says. Raises CheckpointError where it leaves
+    out a step, or gives images of another size than the tower takes.
+    """
+    kind = read_field(processor, "image_processor_type", str, "CLIPImageProcessor", file=_FILE)
+    own = {name: value for name, value in processor.items() if value is not None}
+    said = {**(_SIGLIP_PROCESSOR if kind.startswith("Siglip") else _CLIP_PROCESSOR), **own}
+    if skipped := [step for step in _STEPS if not read_field(said, step, bool, True, file=_FILE)]:
+        raise CheckpointError(f"{_FILE}: {skipped[0]} is false, which is not supported; every step must be on")
+    if pads is None:  # other classes obey the same field by filling up a batch, whose images are of one size here
+        pads = kind.startswith("LlavaImageProcessor") and read_field(said, "do_pad", bool, False, file=_FILE)
+    mean = read_numbers(said, "image_mean", file=_FILE)
+    strategy, resized = _square_steps(said, side, pads)
+    return ImageSpec(
+        strategy=strategy,
+        patch_size=patch_size,
+        temporal_patch_size=1,
+        merge_size=merge_size,
+        min_pixels=side**2,
+        max_pixels=side**2,
+        mean=mean,
+        std=read_numbers(said, "image_std", file=_FILE),
+        rescale=read_field(said, "rescale_factor", float, 1 / 255, file=_FILE),
+        resample=_resample(said),
+        square=SquareSpec(side, resized, (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))),
+    )
+
+
+def _square_steps(said: Json, side: int, pads: bool) -> tuple[str, int]:
+    """The strategy that makes squares of `side`, and the short side before the crop.
+
+    `size` is {"shortest_edge"}, {"height", "width"} or, in older files, a number: the shortest edge. `crop_size` is
+    {"height", "width"} or a number.
+    """
+    size, square = _lengths(said, "size", ("shortest_edge",)), {"height": side, "width": side}
+    crops = read_field(said, "do_center_crop", bool, file=_FILE)
+    cropped = _lengths(said, "crop_size", ("height", "width")) if crops else None
+    short = size.get("shortest_edge", 0)
+    if size == square and cropped in (None, square):
+        return ("pad_square" if pads else "stretch"), side
+    if set(size) == {"shortest_edge"} and ((cropped == square and short >= side) or (pads and short == side)):
+        return ("pad_square" if pads else "center_crop"), short
+    crop = f"cropped to {cropped}" if crops else "without a center crop"
+    raise CheckpointError(
+        f"{_FILE}: size {size} {crop} does not give what the vision tower takes, {side} x {side} pixels; copy the file "
+        "from the checkpoint that this one was tuned from"
+    )
+
+
+def _lengths(said: Json, name: str, sides: tuple[str, ...]) -> dict[str, int]:
+    """`size` or `crop_size` by the names of sides; a number is the length of all `sides`."""
+    if not isinstance(said[name], dict):
+        return dict.fromkeys(sides, read_size(said, name, file=_FILE))
+    return {side: read_size(said, f"{name}.{side}", file=_FILE) for side, length in said[name].items() if length}
+
+
+def _resample(processor: Json) -> Resample:
+    resample = read_field(processor, "resample", int, 3, file=_FILE)
+    if resample not in _RESAMPLE:
+        raise CheckpointError(f"{_FILE}: resample is {resample}; known are {', '.join(map(str, _RESAMPLE))}")
+    return _RESAMPLE[resample]

@@ -240,9 +240,12 @@ def _native(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOption
 
 
 def _squared(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions, name: str) -> Patches:
-    """Each image as the square that the vision encoder takes."""
+    """Each image as the square that the vision encoder takes; a convolution leaves out what makes no whole patch."""
+    assert spec.square is not None
     options.refuse(name, "min_pixels", "max_pixels", known="images of one size")
-    return patchify([make_square(frame, spec, MAX_SOURCE_PIXELS, name) for frame in frames], spec)
+    block = spec.patch_size * spec.merge_size
+    whole = slice(0, spec.square.side // block * block)
+    return patchify([make_square(frame, spec, MAX_SOURCE_PIXELS, name)[whole, whole] for frame in frames], spec)
 
 
 def _resized(frames: Sequence[Image.Image], height: int, width: int, spec: ImageSpec, name: str) -> Patches:

@@ -68,7 +68,7 @@ class SliceSpec:
 class SquareSpec:
     """How an image of any shape becomes a square (runtime/square.py)."""
 
-    side: int  # pixels of the square that the vision encoder takes
+    side: int  # pixels; what is left of a merge block at the right and bottom is cut off after that
     resized: int  # pixels of the short side before what is over `side` is cut off; `side` where nothing is
     fill: tuple[int, int, int] = (0, 0, 0)  # RGB of what is added around an image, where its strategy adds
 
@@ -107,8 +107,8 @@ class ImageSpec:
             raise ValueError(f"max_sides does not go with strategy {self.strategy!r}; export the checkpoint again")
         if (self.strategy in SQUARE_STRATEGIES) != (self.square is not None):
             raise ValueError(f"square does not go with strategy {self.strategy!r}; export the checkpoint again")
-        if self.square is not None and self.square.side % (self.patch_size * self.merge_size):
-            raise ValueError(f"square.side is {self.square.side}; it has to be a multiple of the merge block")
+        if self.square is not None and self.square.side < self.patch_size * self.merge_size:
+            raise ValueError(f"square.side is {self.square.side}; it has to be a merge block at least")
         if self.max_sides is not None and any(side < 1 or side % self.patch_size for side in self.max_sides):
             raise ValueError(f"max_sides is {list(self.max_sides)}; both have to be multiples of the patch size")
         if not all(0 < value < math.inf for value in self.std):

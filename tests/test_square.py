@@ -82,6 +82,14 @@ def test_stretch_is_a_resize_to_both_sides(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(as_chw(image, spec("stretch")), expected)
 
 
+def test_what_is_left_of_a_patch_is_cut_off_at_the_right_and_bottom() -> None:
+    whole, cut = (as_chw(picture(60, 60), spec("stretch", side, side)) for side in (56, 60))
+    assert cut.shape == whole.shape == (3, 56, 56)
+    upstream = CLIPImageProcessorPil(size={"height": 60, "width": 60}, do_center_crop=False)
+    expected = upstream(images=picture(60, 60), return_tensors="np")["pixel_values"][0]
+    np.testing.assert_array_equal(cut, expected[:, :56, :56])
+
+
 def test_a_clip_s_frames_are_squares_one_after_the_other() -> None:
     frames = [picture(70, 60), picture(20, 90)]
     patches = preprocess_images(frames, spec("center_crop"))
@@ -107,7 +115,7 @@ def test_options_of_other_strategies_are_refused(strategy: str, option: str) -> 
     ("change", "words"),
     [
         ({"square": None}, "square does not go with"),
-        ({"square": SquareSpec(60, 60)}, "multiple of the merge block"),
+        ({"square": SquareSpec(13, 13)}, "a merge block at least"),
         ({"patch_size": 0}, "patch_size is 0"),
         ({"strategy": "smart_resize"}, "square does not go with"),
     ],
