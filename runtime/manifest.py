@@ -146,6 +146,12 @@ class VisionSpec:
     window_blocks: int  # side of an attention window, in merge blocks; 0 where there are no windows
     projector_inputs: tuple[str, ...] = ()
     position_side: int = 0  # rows and columns of a table of learned positions; 0 where there is none
+    first_rows: int = 0  # tokens in front of an image's merge blocks
+    row_ends: int = 0  # tokens at the end of each row of its merge blocks
+
+    def __post_init__(self) -> None:
+        if min(self.first_rows, self.row_ends) < 0:
+            raise ValueError(f"first_rows {self.first_rows} or row_ends {self.row_ends} is negative")
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,18 @@ class PromptSpec:
     protected_tokens: tuple[str, ...]  # never special when they come from a user's text
     template_options: dict[str, Any]  # defaults of the template's own switches
     joiner: str | None = None  # between the parts of a message, for a template that takes texts; None: it takes parts
+    image_placeholder_id: int | None = None  # below 0: the placeholder is no token, and this stands for it in ids
+    video_placeholder_id: int | None = None
+    max_tokens: int | None = None  # prompts with images are cut off after so many, as upstream does; None: never
     tiles: TileTokens | None = None  # pictures of several tiles; None: a picture is its placeholder, repeated
+
+    def __post_init__(self) -> None:
+        for name in ("image_placeholder_id", "video_placeholder_id"):
+            value = getattr(self, name)
+            if value is not None and value >= 0:
+                raise ValueError(f"{name} is {value}; it has to be below 0, where no token is")
+        if self.max_tokens is not None:
+            _above_zero(self, "max_tokens")
 
 
 @dataclass(frozen=True)

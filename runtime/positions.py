@@ -8,6 +8,7 @@ seconds from one grid row to the next down to an integer first. 5.23 does not, b
 the grid, whatever its length in time. Images and short clips are the same in all three.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,11 +32,11 @@ class VisualRun:
     start: int
     grid: tuple[int, int, int]  # t, h, w in tokens; raster order
     seconds_per_grid: float | None = None  # of a clip: time from one grid row of frames to the next; None: 1 s
+    num_tokens: int | None = None  # where it takes other than one a place of the grid
 
     @property
     def length(self) -> int:
-        t, h, w = self.grid
-        return t * h * w
+        return math.prod(self.grid) if self.num_tokens is None else self.num_tokens
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from tokenizers import Tokenizer
 from .chat_template import ChatTemplate
 from .errors import InputError, PackageError
 from .image import Patches
-from .manifest import Manifest, PromptSpec
+from .manifest import Manifest, PromptSpec, VisionSpec
 from .messages import Conversation
 from .positions import VisualRun
 from .slices import Pictures
 from .tile_prompt import Kind, picture_text, tile_runs
+from .vision_inputs import num_rows
 
 __all__ = ["Prompt", "PromptBuilder"]
 
@@ -41,16 +42,18 @@ class Prompt:
 class PromptBuilder:
     """The template and tokenizer of one package."""
 
-    def __init__(self, template: str, tokenizer: Tokenizer, spec: PromptSpec, merge_size: int) -> None:
-        """merge_size: patches a side of the square that one token stands for. Raises PackageError."""
+    def __init__(self, template: str, tokenizer: Tokenizer, spec: PromptSpec, vision: VisionSpec) -> None:
+        """vision: says how many tokens an image takes. Raises PackageError."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self.tokenizer = tokenizer
         self.template = ChatTemplate(template)
-        self.image_token_id = self._token_id(spec.image_placeholder)
-        self.video_token_id = self._token_id(spec.video_placeholder)
+        self.image_token_id = self._placeholder_id(spec.image_placeholder, spec.image_placeholder_id)
+        self.video_token_id = self._placeholder_id(spec.video_placeholder, spec.video_placeholder_id)
         self._spec = spec
-        self._merge_size = merge_size
+        self._vision = vision
+        ids = {spec.image_placeholder: self.image_token_id, spec.video_placeholder: self.video_token_id}
+        self._marks = {text: id for text, id in ids.items() if id < 0}  # placeholders that are no tokens
         tiles = spec.tiles
         self._tile_starts = [self._token_id(token) for token in (tiles.start, tiles.tile_start)] if tiles else []
         self._tile_ends = [self._token_id(token) for token in (tiles.end, tiles.tile_end)] if tiles else []
@@ -74,7 +77,8 @@ class PromptBuilder:
             raise PackageError(
                 f"{file}: is not a tokenizer ({str(error)[:200]}); export the checkpoint again"
             ) from error
-        return cls(template, tokenizer, manifest.prompt, manifest.image.merge_size if manifest.image else 1)
+        vision = manifest.vision or VisionSpec((), manifest.image.merge_size if manifest.image else 1, 0)
+        return cls(template, tokenizer, manifest.prompt, vision)
 
     def build(self, conversation: Conversation, shown: Sequence[Patches | Pictures]) -> Prompt:
         """The prompt of a conversation whose images and clips became `shown`, in the same order.
@@ -89,7 +93,7 @@ class PromptBuilder:
         if self._spec.tiles is not None:
             return self._build_tiles(conversation, [p for p in shown if isinstance(p, Pictures)], text, user_tokens)
         patches = [item for item in shown if isinstance(item, Patches)]
-        ids = self._encode(_cut(text, user_tokens))
+        ids = self._encode_between(text, user_tokens)
         kinds = [visual.kind for visual in conversation.visuals]
         slots = np.flatnonzero(self._is_placeholder(ids))
         found = [self._kind(ids[slot]) for slot in slots]
@@ -99,7 +103,7 @@ class PromptBuilder:
                 "put images and videos where the template takes them"
             )
         repeats = np.ones(len(ids), np.int64)
-        repeats[slots] = [p.num_tokens(self._merge_size) for p in patches]
+        repeats[slots] = [num_rows(self._vision, p.grid) for p in patches]
         ids = np.repeat(ids, repeats)
         by_kind = {k: [p for p, kind in zip(patches, kinds, strict=True) if kind == k] for k in ("image", "video")}
         return Prompt(text, ids, self.runs(ids, by_kind["image"], by_kind["video"]))
@@ -145,11 +149,11 @@ class PromptBuilder:
             start = int(slots[done])
             kind = self._kind(input_ids[start])
             patches = next(waiting[kind], None)
-            length = 0 if patches is None else patches.num_tokens(self._merge_size)
+            length = 0 if patches is None else num_rows(self._vision, patches.grid)
             if patches is None or not (input_ids[start : start + length] == input_ids[start]).all() or not length:
                 self._refuse(input_ids, images, videos)
-            (t, h, w), merge = patches.grid, self._merge_size
-            runs.append(VisualRun(kind, start, (t, h // merge, w // merge), patches.seconds_per_grid))
+            (t, h, w), merge = patches.grid, self._vision.merge_size
+            runs.append(VisualRun(kind, start, (t, h // merge, w // merge), patches.seconds_per_grid, length))
             done += length
         if sum(run.length for run in runs) != len(slots) or len(runs) != len(images) + len(videos):
             self._refuse(input_ids, images, videos)
@@ -158,7 +162,7 @@ class PromptBuilder:
     def _refuse(self, input_ids: NDArray[np.int64], images: Sequence[Patches], videos: Sequence[Patches]) -> NoReturn:
         for name, id_, patches in (("image", self.image_token_id, images), ("video", self.video_token_id, videos)):
             places = int((input_ids == id_).sum())
-            needed = [p.num_tokens(self._merge_size) for p in patches]
+            needed = [num_rows(self._vision, p.grid) for p in patches]
             if places != sum(needed):
                 raise InputError(
                     f"input_ids: {places} {name} placeholders for {len(needed)} {name}s that take {sum(needed)}; "
@@ -235,6 +239,23 @@ class PromptBuilder:
                 length += len(piece)
         return spans if start is None and "".join(plain) == text else None
 
+    def _encode_between(self, text: str, user_tokens: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
+        """Ids of the prompt with each placeholder once.
+
+        Where placeholders are no tokens, the text between them is encoded a stretch at a time, as LLaVA's
+        tokenizer_image_token does it. One that a user spells is text like any other.
+        """
+        spans = [match.span() for match in re.finditer("|".join(map(re.escape, self._marks)) or "(?!)", text)]
+        control = [span for span in user_tokens if span not in spans]
+        ids: list[NDArray[np.int64]] = []
+        done = 0
+        for start, stop in [*(span for span in spans if span not in user_tokens), (len(text), len(text))]:
+            inside = [(first - done, last - done) for first, last in control if done <= first < start]
+            ids.append(self._encode(_cut(text[done:start], inside)))
+            ids.append(np.array([self._marks[text[start:stop]]] if stop > start else [], np.int64))
+            done = stop
+        return np.concatenate(ids)
+
     def _encode(self, pieces: Sequence[tuple[str, bool]]) -> NDArray[np.int64]:
         """Ids of a text in pieces: the user's control tokens as ordinary text, all else as the tokenizer has it."""
         ids: list[int] = []
@@ -258,6 +279,9 @@ class PromptBuilder:
         if token_id is None:
             raise PackageError(f"vlmport.json: the placeholder {placeholder!r} is no token of tokenizer.json")
         return token_id
+
+    def _placeholder_id(self, placeholder: str, no_token: int | None) -> int:
+        return self._token_id(placeholder) if no_token is None else no_token
 
     def _is_placeholder(self, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
         return (ids == self.image_token_id) | (ids == self.video_token_id)

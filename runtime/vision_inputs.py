@@ -22,6 +22,7 @@ __all__ = [
     "bucketed_positions",
     "cu_seqlens",
     "cu_window_seqlens",
+    "num_rows",
     "patch_fractions",
     "patch_fractions_by_longest",
     "patch_positions",
@@ -50,6 +51,13 @@ def vision_inputs(
     if unknown:
         raise PackageError(f"vlmport.json: vision.inputs: {unknown[0]!r} is not one of {', '.join(known)}")
     return {name: known[name](spec, grids) for name in names}
+
+
+def num_rows(spec: VisionSpec, grid: Grid) -> int:
+    """Rows that replace placeholders of one image or clip, and so its tokens in a prompt."""
+    t, h, w = grid
+    merge = spec.merge_size
+    return t * (spec.first_rows + h // merge * (w // merge + spec.row_ends))
 
 
 def patch_positions(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:

@@ -15,10 +15,11 @@ from tokenizers import Tokenizer
 from vlmport.runtime.chat_template import ChatTemplate
 from vlmport.runtime.errors import InputError, PackageError
 from vlmport.runtime.image import Patches, load_image, preprocess_images
-from vlmport.runtime.manifest import PromptSpec
+from vlmport.runtime.manifest import PromptSpec, VisionSpec
 from vlmport.runtime.messages import Visual, read_messages
 from vlmport.runtime.prompt import Prompt, PromptBuilder
 from vlmport.runtime.video import load_clip, preprocess_clip
+from vlmport.runtime.vision_inputs import num_rows
 
 FOLDER = golden.folders()[0]
 SPECS = golden.specs(FOLDER)
@@ -29,9 +30,7 @@ IMAGE, VIDEO = SPECS.prompt.image_placeholder, SPECS.prompt.video_placeholder
 def builder(folder: Path = FOLDER, template: str | None = None, **changes: Any) -> PromptBuilder:
     specs = golden.specs(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    return PromptBuilder(
-        template or specs.template, tokenizer, replace(specs.prompt, **changes), specs.image.merge_size
-    )
+    return PromptBuilder(template or specs.template, tokenizer, replace(specs.prompt, **changes), specs.vision)
 
 
 BUILDER = builder()
@@ -242,9 +241,44 @@ def test_placeholders_must_be_tokens() -> None:
         builder(image_placeholder="<none>")
 
 
+def test_a_placeholder_that_is_no_token_splits_the_text() -> None:
+    """As LLaVA's tokenizer_image_token: what is between placeholders is encoded apart, each is one id below 0."""
+    plain = "{% for m in messages %}{% for p in m.content %}{{ p.text if p.type == 'text' else '<pic>' }}{% endfor %}"
+    template = plain + "{% endfor %}"
+    changes: dict[str, Any] = {
+        "image_placeholder": "<pic>",
+        "image_placeholder_id": -200,
+        "protected_tokens": (*SPECS.prompt.protected_tokens, "<pic>"),
+    }
+    made = builder(template=template, **changes)
+    found = prompt_of("Tell", " me", images=2, made=made)
+    text = made.tokenizer.encode("Tell me", add_special_tokens=False).ids
+    assert found.input_ids.tolist() == [*[-200] * 8, *text]
+    assert [(run.start, run.length) for run in found.runs] == [(0, 4), (4, 4)]
+    said = prompt_of(f"a <pic> b{IMAGE}c", images=1, made=made).input_ids
+    assert (said < 0).sum() == 4, "a user's <pic> shows nothing"
+    assert made.tokenizer.decode(said[4:].tolist()) == f"a <pic> b{IMAGE}c"
+    assert TOKENS[IMAGE] not in said
+    with pytest.raises(ValueError, match="image_placeholder_id is 5"):
+        builder(image_placeholder_id=5)
+
+
+def test_rows_in_front_and_at_row_ends() -> None:
+    grids = st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+
+    @given(grids, st.integers(0, 2), st.integers(0, 2))
+    def check(grid: tuple[int, int, int], first: int, ends: int) -> None:
+        t, h, w = grid
+        frames = ["c" * first + ("x" * w + "e" * ends) * h] * t
+        vision = VisionSpec((), merge_size=2, window_blocks=0, first_rows=first, row_ends=ends)
+        assert num_rows(vision, (t, 2 * h, 2 * w)) == len("".join(frames))
+
+    check()
+
+
 def test_package_files_that_are_missing_or_damaged(tmp_path: Path) -> None:
     spec = PromptSpec(IMAGE, VIDEO, (), {})
-    manifest: Any = type("Manifest", (), {"prompt": spec, "image": SPECS.image})
+    manifest: Any = type("Manifest", (), {"prompt": spec, "image": SPECS.image, "vision": SPECS.vision})
     with pytest.raises(PackageError, match=r"chat_template\.jinja"):
         PromptBuilder.from_package(tmp_path, manifest)
     (tmp_path / "chat_template.jinja").write_text(SPECS.template)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from vlmport.runtime.errors import InputError, PackageError
 from vlmport.runtime.image import Patches
-from vlmport.runtime.manifest import PromptSpec, TileTokens
+from vlmport.runtime.manifest import PromptSpec, TileTokens, VisionSpec
 from vlmport.runtime.messages import read_messages
 from vlmport.runtime.prompt import Prompt, PromptBuilder
 from vlmport.runtime.slices import Picture, Pictures
@@ -26,6 +26,7 @@ SPEC = PromptSpec(
     joiner="\n",
     tiles=TOKENS,
 )
+VISION = VisionSpec(inputs=(), merge_size=1, window_blocks=0)
 TILE = Patches(np.zeros((1, 588), np.float32), (1, 1, 1))
 PLAIN = Pictures((Picture((TILE,), None),))
 ONE = "<image><unk><unk><unk></image>"
@@ -39,7 +40,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def builder() -> PromptBuilder:
     template = read_json(FOLDER / "tokenizer_config.json")["chat_template"]
-    return PromptBuilder(template, tokenizer(), SPEC, 1)
+    return PromptBuilder(template, tokenizer(), SPEC, VISION)
 
 
 def ask(builder: PromptBuilder, content: list[object], shown: list[Pictures]) -> Prompt:
@@ -115,8 +116,8 @@ def test_ids_that_are_expanded_already(builder: PromptBuilder) -> None:
 
 
 def test_a_template_that_drops_a_picture_and_tokens_that_are_not_there() -> None:
-    dropping = PromptBuilder("{{ messages[0]['role'] }}", tokenizer(), SPEC, 1)
+    dropping = PromptBuilder("{{ messages[0]['role'] }}", tokenizer(), SPEC, VISION)
     with pytest.raises(InputError, match="places for 0 pictures, the messages have 1"):
         ask(dropping, [image()], [PLAIN])
     with pytest.raises(PackageError, match="'<tile>' is no token"):
-        PromptBuilder("", tokenizer(), replace(SPEC, tiles=replace(TOKENS, tile_start="<tile>")), 1)
+        PromptBuilder("", tokenizer(), replace(SPEC, tiles=replace(TOKENS, tile_start="<tile>")), VISION)
