@@ -8,7 +8,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ class RoleSpec:
     outputs: tuple[Port, ...]
     tensor: Callable[[str, tuple[int, ...]], TensorRef]  # parameter name and shape -> where its values are
     variadic: int = 0  # how many of the last inputs form one list argument
+    example_sizes: Mapping[str, int] = field(default_factory=dict[str, int])  # dims that not any size does for tracing
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def trace(role: RoleSpec, compute_dtype: str) -> ir.Model:
     `compute_dtype` ("float32" or "float16") is the dtype of parameters and of ports marked "compute".
     """
     dtype = _DTYPES[compute_dtype]
-    sizes = _example_sizes(role.inputs)
+    sizes = _example_sizes(role.inputs) | dict(role.example_sizes)
     previous = torch.get_default_dtype()
     with FakeTensorMode():
         torch.set_default_dtype(dtype)
