@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..runtime.disk import sync, sync_tree
 from ..runtime.errors import PackageError
 from ..runtime.package import MANIFEST_NAME
 
@@ -40,7 +41,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
         folder.chmod(0o755)  # mkdtemp's folder is its owner's alone
-        _sync(folder)
+        sync_tree(folder)
         _put_in_place(folder, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -69,16 +70,6 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Flushes every file and directory to the disk: a rename must not outlive its content."""
-    for path in (*folder.rglob("*"), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _put_in_place(folder: Path, target: Path) -> None:
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=_partial_prefix(target) + f"{os.getpid()}-", dir=target.parent))
@@ -94,8 +85,4 @@ def _put_in_place(folder: Path, target: Path) -> None:
                 shutil.rmtree(old, ignore_errors=True)
     else:
         folder.rename(target)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(target.parent)

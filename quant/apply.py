@@ -5,12 +5,10 @@ which is replaced in one step. What an interrupted run leaves is named by no man
 """
 
 import dataclasses
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Generator, Hashable, Mapping
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,16 +16,17 @@ import numpy.typing as npt
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
+from ..runtime.disk import sync
 from ..runtime.errors import PackageError, RecipeError
 from ..runtime.manifest import ROLES, GraphFile, Manifest
-from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
+from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text, only_writer
 from ..runtime.schema import to_json
 from .recipe import Recipe
 from .rewrite import restore_float
 from .store import Progress, WeightSource
 from .variant import write_variant
 
-__all__ = ["GraphSource", "only_writer", "open_float_graph", "quantize_package"]
+__all__ = ["GraphSource", "open_float_graph", "quantize_package"]
 
 _STAGING = ".quantize"
 _OWN_FILE = re.compile(rf"({'|'.join(ROLES)})(_[a-z0-9_.-]+)?\.onnx(_data)?")
@@ -151,14 +150,14 @@ def _publish(folder: Path, staging: Path, manifest: Manifest) -> None:
     """Moves the files to their places, then replaces the manifest: the one step that makes them part of the package."""
     for file in sorted(staging.iterdir()):
         file.rename(folder / "onnx" / file.name)
-    _sync(folder / "onnx")
+    sync(folder / "onnx")
     new = staging / MANIFEST_NAME
     with new.open("w", encoding="utf-8") as stream:
         stream.write(manifest_text(manifest))
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(folder / MANIFEST_NAME)
-    _sync(folder)
+    sync(folder)
 
 
 def _lossless(package: Package, role: str) -> GraphFile:
@@ -197,28 +196,3 @@ def _clean_staging(package: Package) -> Path:
             f"{error.filename}: cannot be changed ({error.strerror}); make the package writable"
         ) from error
     return staging
-
-
-@contextmanager
-def only_writer(folder: Path, *, wait: bool = False) -> Generator[None]:
-    """Holds the lock of a package, which ends with the process, however it ends.
-
-    Raises PackageError where another process has it, unless told to `wait`.
-    """
-    lock = os.open(folder / "onnx", os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise PackageError(f"{folder}: another process is adding a variant; wait until it is done") from None
-        yield
-    finally:
-        os.close(lock)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,15 +11,13 @@ from types import TracebackType
 from typing import Self
 
 from ..runtime.manifest import FileEntry
+from ..runtime.package import file_entry
 
 __all__ = ["FileDigests", "FollowingDigest"]
 
 _BLOCK_BYTES = 4 << 20
-# A thread that runs Python hands over every few milliseconds only: large blocks, so that few such waits are needed.
-_LARGE_BLOCK_BYTES = 16 << 20
-_SYNC_BYTES = (
-    64 << 20
-)  # so much goes to the disk at a time, while more is computed; a sync at the end would wait for all
+# So much goes to the disk at a time, while more is computed; a sync at the end would wait for all.
+_SYNC_BYTES = 64 << 20
 
 
 class FollowingDigest:
@@ -73,7 +71,7 @@ class FileDigests:
     def __init__(self, files: Sequence[Path]) -> None:
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(1, "digests")
-        self._entries = self._pool.submit(lambda: {file.name: self._entry(file) for file in files})
+        self._entries = self._pool.submit(lambda: {file.name: file_entry(file, self._stop) for file in files})
 
     def __enter__(self) -> Self:
         return self
@@ -87,11 +85,3 @@ class FileDigests:
     def entries(self) -> dict[str, FileEntry]:
         """By file name, once all are there. Raises OSError where a file cannot be read."""
         return self._entries.result()
-
-    def _entry(self, file: Path) -> FileEntry:
-        digest, size, buffer = hashlib.sha256(), 0, bytearray(_LARGE_BLOCK_BYTES)
-        with file.open("rb", buffering=0) as stream:
-            while not self._stop.is_set() and (count := stream.readinto(buffer)):
-                digest.update(memoryview(buffer)[:count])
-                size += count
-        return FileEntry(digest.hexdigest(), size)

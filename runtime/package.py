@@ -8,18 +8,22 @@ box).
 import hashlib
 import json
 import stat
+import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from .disk import locked
 from .errors import PackageError
 from .manifest import FileEntry, GraphFile, Manifest, Variant
 from .schema import SchemaError, from_json, to_json
 
-__all__ = ["MANIFEST_NAME", "Package", "file_entry", "manifest_text"]
+__all__ = ["MANIFEST_NAME", "Package", "file_entry", "manifest_text", "only_writer"]
 
 MANIFEST_NAME = "vlmport.json"
-_CHUNK = 1 << 20
+# A thread that runs Python hands over every few milliseconds only: large blocks, so that few such waits are needed.
+_BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -87,18 +91,28 @@ class Package:
                 )
 
 
+def only_writer(folder: Path, *, wait: bool = False) -> AbstractContextManager[None]:
+    """Holds the lock of a package, which ends with the process, however it ends.
+
+    Raises PackageError where another process has it, unless told to `wait`.
+    """
+    busy = None if wait else f"{folder}: another process is adding a variant; wait until it is done"
+    return locked(folder / "onnx", busy=busy)
+
+
 def manifest_text(manifest: Manifest) -> str:
     """The text of vlmport.json. Equal manifests give equal bytes."""
     return json.dumps(to_json(manifest), indent=2, ensure_ascii=False) + "\n"
 
 
-def file_entry(path: Path) -> FileEntry:
-    """Size and sha256 of a file, read in blocks of 1 MiB."""
+def file_entry(path: Path, stop: threading.Event | None = None) -> FileEntry:
+    """Size and sha256 of a file, read in blocks; of what was read until then where `stop` is set meanwhile."""
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while block := stream.read(_CHUNK):
-            digest.update(block)
-            size += len(block)
+    with path.open("rb", buffering=0) as stream:
+        buffer = bytearray(min(_BLOCK_BYTES, max(1, path.stat().st_size)))
+        while not (stop and stop.is_set()) and (count := stream.readinto(buffer)):
+            digest.update(memoryview(buffer)[:count])
+            size += count
     return FileEntry(sha256=digest.hexdigest(), size=size)
 
 

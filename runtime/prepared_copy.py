@@ -17,11 +17,12 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .disk import locked, sync
 from .errors import CapacityError, InputError, PackageError
 from .manifest import FileEntry
 from .package import Package, file_entry
@@ -207,20 +208,15 @@ def only_writer(cache: Path) -> Generator[None]:
 
     Raises CapacityError where the cache cannot be made.
     """
-    import fcntl  # not there on every system that runs packages
-
-    try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(cache, os.O_RDONLY)
-    except OSError as error:
-        raise CapacityError(f"{error.filename}: {error.strerror}; name another place in VLMPORT_CACHE") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        try:
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+            held.enter_context(locked(cache))
+        except OSError as error:
+            raise CapacityError(f"{error.filename}: {error.strerror}; name another place in VLMPORT_CACHE") from error
         for left in cache.glob(f"{_STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
         yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager
@@ -239,20 +235,12 @@ def _staging(folder: Path, num_bytes: int) -> Generator[Path]:
     try:
         yield staging
         for file in staging.iterdir():
-            _sync(file)
+            sync(file)
         if folder.exists():  # damaged
             shutil.rmtree(folder)
         staging.rename(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except OSError as error:
         raise CapacityError(f"{folder}: cannot be written: {error.strerror}; make room") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

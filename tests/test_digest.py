@@ -9,6 +9,7 @@ import pytest
 
 from vlmport.quant import digest
 from vlmport.quant.digest import FileDigests, FollowingDigest
+from vlmport.runtime import package
 from vlmport.runtime.package import file_entry
 
 
@@ -43,7 +44,7 @@ def test_a_disk_error_is_told_where_the_digest_is_asked_for() -> None:
 
 
 def test_files_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "_LARGE_BLOCK_BYTES", 100)
+    monkeypatch.setattr(package, "_BLOCK_BYTES", 100)
     files = [tmp_path / "a", tmp_path / "b"]
     for number, file in enumerate(files):
         file.write_bytes(os.urandom(1000 * number))
@@ -54,7 +55,7 @@ def test_files_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_early_end_waits_for_no_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digest, "_LARGE_BLOCK_BYTES", 1)
+    monkeypatch.setattr(package, "_BLOCK_BYTES", 1)
     file = tmp_path / "large"
     file.write_bytes(bytes(50_000_000))  # minutes, a byte at a time
     with FileDigests([file]):

@@ -25,7 +25,7 @@ from ..runtime.encode import EncodeOptions, prepare_images
 from ..runtime.errors import PackageError
 from ..runtime.generate import GenerationOptions, Timings
 from ..runtime.model import Model, VisionOutput
-from ..runtime.package import Package, file_entry
+from ..runtime.package import Package, file_entry, only_writer
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json, to_json
@@ -98,8 +98,6 @@ def write_selfcheck(path: Path, progress: Progress | None = None) -> None:
 
     What an older self-check holds of variants that are still the same stays: it may come from another box.
     """
-    from ..quant.apply import only_writer  # needs onnx_ir, which `verify` does not
-
     folder = path.joinpath(*_FOLDER)
     fresh = folder.with_name(f".{folder.name}.partial")
     Package.open(path)  # before anything in the folder is touched
