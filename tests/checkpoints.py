@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vlmport.export.family import TensorRef, family_of
-from vlmport.export.trace import trace
 
 GOLDENS = Path(__file__).parent / "goldens"
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -24,9 +24,10 @@ def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors that a config.json implies."""
     refs: dict[str, tuple[int, ...]] = {}
     for role in family_of(config, Path("config.json")).roles(config).values():
-        for name, value in trace(role, "float32").graph.initializers.items():
-            assert value.shape is not None
-            ref: TensorRef = role.tensor(name, tuple(value.shape.numpy()))
+        with FakeTensorMode():
+            module = role.build()
+        for name, value in module.named_parameters():
+            ref: TensorRef = role.tensor(name, tuple(value.shape))
             refs[ref.name] = ref.shape
     return refs
 

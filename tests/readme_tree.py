@@ -26,6 +26,7 @@ _FOLDERS = {
     "cli": "the command line, one file a command",
     "benchmarks": "measurements at the shapes of published models, on checkpoints of random weights",
     "examples/receipts": "the demo: a maker of receipts, a training script, a small checkpoint",
+    "examples/outliers": "channel outliers for any checkpoint, without a change of what it computes",
 }
 _OTHERS = {
     "tests/": "offline, on the CPU; goldens/ holds what upstream code computed",
