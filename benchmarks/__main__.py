@@ -48,9 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("shape", metavar="SHAPE", help=", ".join(shape_names()))
     measured.add_argument("--folder", metavar="DIR", type=Path, default=Path("build"), help="default: build")
     measured.add_argument("--checkpoint", metavar="DIR", type=Path, help="default: DIR/bench/checkpoints/SHAPE")
-    measured.add_argument("--recipe", metavar="R", nargs="+", help="default: int4 int8")
+    measured.add_argument("--recipe", metavar="R", nargs="+", help="default: int4 int4_b128 int8")
     measured.add_argument("--parts", metavar="PART", nargs="+", choices=PARTS, help=f"default: all ({' '.join(PARTS)})")
     measured.add_argument("--skip", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts to leave out")
+    measured.add_argument(
+        "--add", action="store_true", help="keep what DIR/bench-SHAPE.json has of other recipes and parts"
+    )
     measured.add_argument("--smoke", action="store_true", help="int4 alone, small images, short prompts")
     rendered = commands.add_parser("render", help="the tables of a bench-SHAPE.json as Markdown")
     rendered.add_argument("file", metavar="FILE", type=Path)
@@ -79,7 +82,7 @@ def _make(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from .measure import run  # these need onnx, which writing a checkpoint does not
-    from .report import text
+    from .report import merged, text
 
     plan = Plan(args.shape, args.folder / "bench", checkpoint=args.checkpoint)
     if args.smoke:
@@ -87,8 +90,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.recipe:
         plan = replace(plan, recipes=tuple(args.recipe))
     parts = tuple(part for part in args.parts or plan.parts if part not in args.skip)
-    report = run(replace(plan, parts=parts))
     file = args.folder / f"bench-{args.shape}.json"
+    earlier = _read(file) if args.add and file.exists() else None  # one that cannot be read is told now, not at the end
+    report = run(replace(plan, parts=parts))
+    if earlier is not None:
+        report = merged(earlier, report)
     print(text(report), flush=True)  # first: what took minutes is not lost to a full disk
     file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
     print(f"\nalso in {file}; `python -m benchmarks render {file}` makes Markdown of it")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from vlmport.cli.bench import Spread, box
 from vlmport.runtime.package import Package
@@ -29,6 +28,7 @@ __all__ = ["run"]
 _LARGE = (1792, 1792)
 _BASELINE = Path(__file__).parent / "recipes" / "float32-vision.json"
 _WARM_UP = 2  # decode steps
+_INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _STEADY_STEPS = (50, 100, 150, 200)
 
 
@@ -208,6 +208,9 @@ def _prepared(plan: Plan, recipe: str, report: VariantReport) -> VariantReport:
     finished = run_watched(command, path.with_suffix(".prepare.log"))
     with Actor(Runtime, path, recipe) as runtime:
         report = replace(report, prepare=finished, load_prepared=runtime.ask("load"))
+        if "text" in plan.parts:
+            first = replace(plan, prefill=(), contexts=plan.contexts[:1])
+            report = replace(report, decode_prepared=_text(first, recipe, runtime, report).decode[0])
     shutil.rmtree(_prepared_copies(plan))
     return report
 
@@ -234,8 +237,12 @@ def _version(distribution: str) -> str:
 
 
 def _cpu_name() -> str:
-    lines: list[Any] = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    """The model, and which of the instructions for products of small integers it has."""
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = told.get("flags", told.get("Features", "")).split()
+    found = [flag for flag in flags if flag in _INSTRUCTIONS]
+    return f"{told.get('model name', 'unknown CPU')} ({', '.join(found) or 'no VNNI'})"
 
 
 def _memory_size() -> str:

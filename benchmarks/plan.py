@@ -18,7 +18,7 @@ class Plan:
 
     shape: str
     folder: Path  # of checkpoints, packages and logs
-    recipes: tuple[str, ...] = ("int4", "int8")
+    recipes: tuple[str, ...] = ("int4", "int4_b128", "int8")
     parts: tuple[str, ...] = PARTS
     vision: tuple[VisionCase, ...] = (
         ("448x448", ((448, 448),), 3),

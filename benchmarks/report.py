@@ -4,7 +4,7 @@ Times are in seconds, sizes in bytes, speeds in tokens a second.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 from vlmport.cli.bench import Spread
 from vlmport.cli.table import table
@@ -14,7 +14,7 @@ from .process import Finished
 from .profiling import OperatorTime
 from .runtime import Loaded, VisionRun
 
-__all__ = ["SCHEMA", "Decode", "ShapeReport", "VariantReport", "markdown", "rows", "text"]
+__all__ = ["SCHEMA", "Decode", "ShapeReport", "VariantReport", "machine", "markdown", "merged", "rows", "text"]
 
 SCHEMA = "vlmport-bench-shape/1"
 _TOP = 8  # operators of a profile that are shown
@@ -44,6 +44,7 @@ class VariantReport:
     load: Loaded | None = None
     prepare: Finished | None = None
     load_prepared: Loaded | None = None
+    decode_prepared: Decode | None = None  # at the first context
     vision: dict[str, tuple[VisionRun, ...]] = field(default_factory=dict[str, tuple[VisionRun, ...]])
     float32_speedup: Spread | None = None  # of the vision tower at 448x448, pair by pair with a float32 tower
     large: VisionRun | None = None  # 1792x1792
@@ -92,6 +93,7 @@ def rows(report: ShapeReport) -> list[tuple[str, ...]]:
         ("prepare, once a box", lambda v: v.prepare and f"{v.prepare.seconds:.1f} s"),
         ("load, prepared", lambda v: v.load_prepared and f"{v.load_prepared.seconds:.2f} s"),
         ("RSS after load, prepared", lambda v: v.load_prepared and _gb(v.load_prepared.after.resident)),
+        ("decode, prepared, tokens/s", lambda v: v.decode_prepared and _cell(v.decode_prepared.speed, 1)),
         *((f"vision {name}", _vision_cell(name)) for name in names),
         ("speed of vision 448x448 over a float32 tower", lambda v: v.float32_speedup and _cell(v.float32_speedup, 2)),
         ("vision 1792x1792, one run", lambda v: v.large and f"{v.large.seconds:.1f} s"),
@@ -112,7 +114,7 @@ def rows(report: ShapeReport) -> list[tuple[str, ...]]:
 def text(report: ShapeReport) -> str:
     """The tables as plain text."""
     header = (report.shape, *report.variants)
-    parts = [table(header, rows(report), "<" + ">" * len(report.variants))]
+    parts = [machine(report), table(header, rows(report), "<" + ">" * len(report.variants))]
     for name, variant in report.variants.items():
         for stage, operators in variant.profile.items():
             parts.append(table((f"{name}: {stage}", *_PROFILE), _profile_rows(operators), "<>>>"))
@@ -121,11 +123,28 @@ def text(report: ShapeReport) -> str:
 
 def markdown(report: ShapeReport) -> str:
     """The same for docs/performance.md."""
-    parts = [_markdown_table((report.shape, *report.variants), rows(report))]
+    parts = [f"{machine(report)}\n", _markdown_table((report.shape, *report.variants), rows(report))]
     for name, variant in report.variants.items():
         for stage, operators in variant.profile.items():
             parts.append(_markdown_table((f"{name}: {stage}", *_PROFILE), _profile_rows(operators)))
     return "\n".join(parts)
+
+
+def machine(report: ShapeReport) -> str:
+    """What the figures depend on, in one line, as the machine itself tells it."""
+    told = report.box
+    version, date = f"ONNX Runtime {told.get('onnxruntime', '?')}", report.date
+    return f"{told.get('cpu', '?')}, {report.num_threads} cores, {told.get('memory', '?')}, {version}, {date}"
+
+
+def merged(old: ShapeReport, new: ShapeReport) -> ShapeReport:
+    """The new report, with what only the old one has measured: other recipes, and other parts of the same."""
+    variants = dict(old.variants)
+    for name, variant in new.variants.items():
+        before = variants.get(name, VariantReport())
+        kept = {f.name: getattr(before, f.name) for f in fields(variant) if getattr(variant, f.name) in (None, {}, ())}
+        variants[name] = replace(variant, **kept)
+    return replace(new, variants=variants)
 
 
 _PROFILE = ("ms a run", "share", "calls")

@@ -1,5 +1,6 @@
 """A variant of a package at work, one stage at a time, to be measured in a process of its own (process.Actor)."""
 
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,7 +73,11 @@ class Runtime:
         return VisionRun(patches, seconds, Memory.of().peak - before.resident)
 
     def start(self, num_tokens: int) -> None:
-        """An empty cache for so many tokens, in place of the one before."""
+        """An empty cache for so many tokens, in place of the one before. Waits for what goes on after a load."""
+        self.model.session("decoder")
+        for thread in threading.enumerate():
+            if thread.name == "join-pages":
+                thread.join()
         self._cache = self.model.new_cache(num_tokens)
 
     def prefill(self, num_tokens: int) -> float:

@@ -141,7 +141,8 @@ def measure(path: Path, variant: str, image: Image.Image, max_new_tokens: int, r
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": _QUESTION}]}
     ]
     started = time.perf_counter()
-    with Model.load(path, variant) as model:
+    cuda_graph = Package.open(path).manifest.target == "cuda"
+    with Model.load(path, variant, cuda_graph=cuda_graph) as model:
         for role in model.manifest.roles:
             model.session(role)
         load = time.perf_counter() - started

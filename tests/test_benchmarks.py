@@ -17,7 +17,7 @@ from benchmarks.graphs import count_nodes, weight_bytes
 from benchmarks.plan import PARTS, Plan, smoke_plan
 from benchmarks.process import Actor, Finished, Memory, reset_peak, run_watched
 from benchmarks.profiling import OperatorTime, self_times
-from benchmarks.report import SCHEMA, Decode, ShapeReport, VariantReport, markdown, rows, text
+from benchmarks.report import SCHEMA, Decode, ShapeReport, VariantReport, machine, markdown, merged, rows, text
 from benchmarks.roof import READERS, Roof
 from benchmarks.runtime import Loaded, VisionRun
 from vlmport.cli.bench import Spread
@@ -255,6 +255,27 @@ def test_tables_and_markdown_show_the_same() -> None:
         assert "int4: decode" in output
         assert "2 others" in output
     assert "| 2 others | 20.0 | 20.0% | 4 |" in marked
+
+
+def test_the_machine_is_in_the_tables() -> None:
+    box = {"cpu": "a CPU (amx_int8)", "memory": "24 GB", "onnxruntime": "1.2.3"}
+    report = replace(example(), box=box)
+    assert machine(report) == "a CPU (amx_int8), 2 cores, 24 GB, ONNX Runtime 1.2.3, 2026-01-01"
+    assert machine(report) in text(report)
+    assert machine(report) in markdown(report)
+
+
+def test_a_later_run_adds_what_it_has_measured() -> None:
+    old = example()
+    again = VariantReport(export=old.variants["int4"].export, prefill={"256": 50.0})
+    new = replace(old, date="2026-01-02", variants={"int4": again, "fp32": VariantReport(package_size=1)})
+    found = merged(old, new)
+    assert found.date == "2026-01-02"
+    assert found.variants == {
+        "int4": replace(old.variants["int4"], prefill={"256": 50.0}),
+        "int8": VariantReport(),
+        "fp32": VariantReport(package_size=1),
+    }
 
 
 def test_render_prints_the_markdown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
