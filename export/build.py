@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import onnx_ir as ir
+
 from ..quant.digest import FileDigests
 from ..quant.recipe import Recipe
 from ..quant.store import Progress
@@ -92,7 +94,14 @@ def _write_variants(
     files: dict[str, FileEntry] = {}
     for recipe in recipes:
         variants[recipe.name], new = write_variant(
-            recipe, target, graphs.graphs, variants, graphs.open_role, folder, progress
+            recipe,
+            target,
+            graphs.graphs,
+            variants,
+            graphs.open_role,
+            folder,
+            progress,
+            open_tables=lambda entry: (ir.load(folder / entry.graph).graph, graphs.sources["embed_tokens"]),
         )
         files |= new
     return variants, files

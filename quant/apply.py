@@ -36,6 +36,7 @@ _OWN_FILE = re.compile(rf"({'|'.join(ROLES)})(_[a-z0-9_.-]+)?\.onnx(_data)?")
 class GraphSource:
     """A WeightSource over the stored initializers of a graph. Rows are read from disk when asked for."""
 
+    graph: Path
     tensors: Mapping[str, ir.TensorProtocol]
 
     def shape(self, parameter: str) -> tuple[int, ...]:
@@ -43,7 +44,7 @@ class GraphSource:
 
     def origin(self, parameter: str) -> Hashable:
         tensor = self.tensors[parameter]
-        return (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else parameter
+        return (tensor.path, tensor.offset) if isinstance(tensor, ir.ExternalTensor) else (self.graph, parameter)
 
     def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[np.float32]:
         tensor, shape = self.tensors[parameter], self.shape(parameter)
@@ -95,25 +96,36 @@ def open_float_graph(package: Package, role: str) -> tuple[ir.Model, GraphSource
     for name in entry.files:
         if file_entry(folder / name).sha256 != package.manifest.files[f"onnx/{name}"].sha256:
             raise PackageError(f"{folder / name}: content differs from its sha256 in {MANIFEST_NAME}; copy it again")
+    model = _read_graph(package, entry)
+    source = _source(package, entry, model.graph)
+    for name in source.tensors:
+        model.graph.initializers[name].const_value = None
+    restore_float(model)
+    return model, source
+
+
+def _read_graph(package: Package, entry: GraphFile) -> ir.Model:
+    """A graph of the package, its external data where the manifest has them."""
+    folder = package.path / "onnx"
     try:
         model = ir.load(folder / entry.graph)  # pyright: ignore[reportUnknownMemberType]
     except (DecodeError, ValueError) as error:
         raise PackageError(f"{folder / entry.graph}: not a readable ONNX graph; export the checkpoint again") from error
-    tensors: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor):
-            _check_place(folder, entry, name, tensor, package.manifest)
-        if name in entry.formats:
-            assert tensor is not None, name
-            tensors[name], value.const_value = tensor, None
-    lost = sorted(set(entry.formats) - set(tensors))
-    if lost or not tensors:
-        raise PackageError(
-            f"{folder / entry.graph}: weights {lost[:3]} are not in the graph; export the checkpoint again"
-        )
-    restore_float(model)
-    return model, GraphSource(tensors)
+        if isinstance(value.const_value, ir.ExternalTensor):
+            _check_place(folder, entry, name, value.const_value, package.manifest)
+    return model
+
+
+def _source(package: Package, entry: GraphFile, graph: ir.Graph) -> GraphSource:
+    """The weights that a float graph holds."""
+    tensors = {name: value.const_value for name, value in graph.initializers.items() if name in entry.formats}
+    found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    lost = sorted(set(entry.formats) - set(found))
+    path = package.path / "onnx" / entry.graph
+    if lost or not found:
+        raise PackageError(f"{path}: weights {lost[:3]} are not in the graph; export the checkpoint again")
+    return GraphSource(path, found)
 
 
 def _is_there(package: Package, recipe: Recipe) -> bool:
@@ -139,8 +151,24 @@ def _build(
             return graphs[role].clone(), sources[role]
         return open_float_graph(package, role)
 
+    def open_tables(stored: GraphFile) -> tuple[ir.Graph, WeightSource] | None:
+        if sources is not None:
+            return _read_graph(package, stored).graph, sources["embed_tokens"]
+        entry = _find_lossless(package, "embed_tokens")
+        if entry is None:
+            return None
+        # Where weights lie tells which are the same; what they are does not matter here, so no hash is checked.
+        return _read_graph(package, stored).graph, _source(package, entry, _read_graph(package, entry).graph)
+
     variant, files = write_variant(
-        recipe, manifest.target, manifest.roles, manifest.variants, open_role, staging, progress
+        recipe,
+        manifest.target,
+        manifest.roles,
+        manifest.variants,
+        open_role,
+        staging,
+        progress,
+        open_tables=open_tables,
     )
     variants = manifest.variants | {recipe.name: variant}
     return dataclasses.replace(manifest, variants=variants, files=dict(sorted((manifest.files | files).items())))
@@ -160,13 +188,21 @@ def _publish(folder: Path, staging: Path, manifest: Manifest) -> None:
     sync(folder)
 
 
-def _lossless(package: Package, role: str) -> GraphFile:
-    dtype = package.manifest.source.dtype
-    kept = ("fp32", "fp16") if dtype == "float16" else ("fp32",)
+def _find_lossless(package: Package, role: str) -> GraphFile | None:
+    """A graph of the role that holds the weights as the checkpoint does."""
+    kept = ("fp32", "fp16") if package.manifest.source.dtype == "float16" else ("fp32",)
     for precision in kept:
         for variant in package.manifest.variants.values():
             if variant.graphs[role].precision == precision:
                 return variant.graphs[role]
+    return None
+
+
+def _lossless(package: Package, role: str) -> GraphFile:
+    entry = _find_lossless(package, role)
+    if entry is not None:
+        return entry
+    dtype = package.manifest.source.dtype
     again = ", or export it again with recipe fp32 among the others" if package.manifest.target == "cpu" else ""
     raise RecipeError(
         f"{package.path}: no variant holds the {dtype} weights of {role} unchanged; give --checkpoint{again}"

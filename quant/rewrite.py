@@ -20,7 +20,7 @@ from .dynamic import channel_shapes, integer_linear
 from .pack import Piece, gather_shapes, linear_shapes
 from .recipe import Recipe, Target, WeightFormat
 
-__all__ = ["StoredTensor", "restore_float", "rewrite"]
+__all__ = ["StoredTensor", "piece_names", "restore_float", "rewrite"]
 
 # Names of the initializers of a quantized weight, as ONNX Runtime's own quantizers give them.
 _SUFFIX: dict[Piece, str] = {"quantized": "_Q", "scales": "_scales", "zero_points": "_zero_points"}
@@ -92,6 +92,11 @@ def rewrite(model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu") 
     if any(tensor.format is not None and tensor.format.is_quantized for tensor in stored):
         graph.opset_imports.setdefault("com.microsoft", 1)
     return tuple(stored)
+
+
+def piece_names(parameter: str) -> dict[str, Piece]:
+    """Name -> piece of the initializers that a parameter may be stored in."""
+    return {f"{parameter}{_SUFFIX.get(piece, '')}": piece for piece in ("whole", *_SUFFIX)}
 
 
 def restore_float(model: ir.Model) -> None:

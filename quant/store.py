@@ -19,7 +19,9 @@ from ..runtime.errors import CapacityError, CheckpointError
 from ..runtime.manifest import FileEntry, GraphFile, TensorInfo
 from ..runtime.package import file_entry
 from .data_file import Progress, Slot, WeightSource, constant_bytes, disk_errors, write_data
-from .rewrite import StoredTensor
+from .pack import Piece
+from .recipe import WeightFormat
+from .rewrite import StoredTensor, piece_names
 
 __all__ = ["Content", "Place", "Progress", "WeightSource", "WrittenGraph", "places", "write_graph"]
 
@@ -100,28 +102,37 @@ def write_graph(
     return WrittenGraph(graph_path.name, data_path.name, files, inputs, outputs, formats, shared)
 
 
-def places(model: ir.Model, stored: tuple[StoredTensor, ...], source: WeightSource, stem: str) -> dict[Content, Place]:
-    """What the data file `<stem>.onnx_data` that `write_graph` makes of the same arguments holds, and where."""
-    slots, _ = _lay_out(model.graph, stored, {})
-    return {
-        _content(slot.stored, source): Place(f"{stem}.onnx_data", slot.offset)
-        for slot in slots
-        if slot.stored is not None and slot.offset is not None
-    }
+def places(graph: ir.Graph, formats: Mapping[str, WeightFormat | None], source: WeightSource) -> dict[Content, Place]:
+    """What the data files of a stored graph hold of the parameters in `formats`, none of them transposed, and where."""
+    found: dict[Content, Place] = {}
+    for parameter, format in formats.items():
+        for name, piece in piece_names(parameter).items():
+            tensor = graph.initializers[name].const_value if name in graph.initializers else None
+            if isinstance(tensor, ir.ExternalTensor):
+                content = _content(source.origin(parameter), piece, tensor.dtype.numpy().name, tensor.nbytes, format)
+                found[content] = Place(os.path.basename(tensor.path), tensor.offset or 0)
+    return found
 
 
-def _content(tensor: StoredTensor, source: WeightSource) -> Content:
+def _content(
+    origin: Hashable, piece: Piece, dtype: str, num_bytes: int, format: WeightFormat | None, transposed: bool = False
+) -> Content:
     """Equal contents have equal bytes: neither the operator nor its accuracy level is in them."""
-    is_quantized = tensor.format is not None and tensor.format.is_quantized
-    format = replace(tensor.format, accuracy_level=4) if tensor.format is not None and is_quantized else None
-    return (source.origin(tensor.parameter), tensor.piece, tensor.dtype, tensor.num_bytes, tensor.transposed, format)
+    is_quantized = format is not None and format.is_quantized
+    bytes_format = replace(format, accuracy_level=4) if format is not None and is_quantized else None
+    return (origin, piece, dtype, num_bytes, transposed, bytes_format)
+
+
+def _content_of(tensor: StoredTensor, source: WeightSource) -> Content:
+    origin = source.origin(tensor.parameter)
+    return _content(origin, tensor.piece, tensor.dtype, tensor.num_bytes, tensor.format, tensor.transposed)
 
 
 def _borrowed(
     stored: tuple[StoredTensor, ...], source: WeightSource, known: Mapping[Content, Place]
 ) -> dict[str, Place]:
     """Places, by initializer, of the parameters that are known as a whole."""
-    found = {tensor.name: known.get(_content(tensor, source)) for tensor in stored}
+    found = {tensor.name: known.get(_content_of(tensor, source)) for tensor in stored}
     partial = {tensor.parameter for tensor in stored if found[tensor.name] is None}
     return {t.name: place for t in stored if (place := found[t.name]) is not None and t.parameter not in partial}
 

@@ -12,11 +12,13 @@ from .recipe import Recipe, Target, file_stem, precision_label
 from .rewrite import rewrite
 from .store import Content, Place, Progress, WeightSource, places, write_graph
 
-__all__ = ["OpenRole", "write_variant"]
+__all__ = ["OpenRole", "OpenTables", "write_variant"]
 
 _TABLES = "embed_tokens"  # a tied head is the table of this role
 
 OpenRole = Callable[[str], tuple[ir.Model, WeightSource]]  # role -> a float graph to change, and its weights
+# A stored graph of the tables, with the places of its weights, and where these come from; None where nobody knows.
+OpenTables = Callable[[GraphFile], tuple[ir.Graph, WeightSource] | None]
 
 
 def write_variant(
@@ -27,35 +29,44 @@ def write_variant(
     open_role: OpenRole,
     folder: Path,
     progress: Progress | None = None,
+    *,
+    open_tables: OpenTables = lambda _: None,
 ) -> tuple[Variant, dict[str, FileEntry]]:
     """Writes into `folder` the graphs that no variant in `present` stores alike; gives the variant and the new files.
 
     Equal precision labels mean equal content, so such graphs are shared; and a head that is tied to the table of the
-    embedding is read from there where both are stored alike. Names of the new files begin with "onnx/".
+    embedding is read from there where both are stored alike; `open_tables` gives the table where it is in a graph that
+    is there already. Names of the new files begin with "onnx/".
     """
     graphs: dict[str, GraphFile] = {}
     files: dict[str, FileEntry] = {}
+    labels = {role: precision_label(recipe, role, target) for role in roles}
+    for role, label in labels.items():
+        alike = (variant.graphs[role] for variant in present.values() if variant.graphs[role].precision == label)
+        if (found := next(alike, None)) is not None:
+            graphs[role] = found
+    missing = [role for role in labels if role not in graphs]
     known: dict[Content, Place] = {}
-    for role in sorted(roles, key=lambda role: role != _TABLES):  # what it has, others need not store
-        label = precision_label(recipe, role, target)
-        stem = file_stem(role, label)
-        alike = [variant.graphs[role] for variant in present.values() if variant.graphs[role].precision == label]
-        if alike:
-            graphs[role] = alike[0]
-            if role != _TABLES:
-                continue
+    if _TABLES in graphs and missing and (opened := open_tables(graphs[_TABLES])) is not None:
+        known = _places(graphs[_TABLES], *opened, recipe, target)
+    for role in sorted(missing, key=lambda role: role != _TABLES):  # what it has, others need not store
+        stem = file_stem(role, labels[role])
         model, source = open_role(role)
         stored, source = balance(model, rewrite(model, role, recipe, target), source)
+        written = write_graph(model, stored, source, folder, stem, _named(progress, stem), known=known)
+        graphs[role] = written.graph_file(labels[role])
+        files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
         if role == _TABLES:
-            known = places(model, stored, source, stem)
-        if not alike:
-            written = write_graph(
-                model, stored, source, folder, stem, _named(progress, stem), known={} if role == _TABLES else known
-            )
-            graphs[role] = written.graph_file(label)
-            files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
-    graphs = {role: graphs[role] for role in roles}
-    return Variant(recipe.name, to_json(recipe), graphs), files
+            known = _places(graphs[role], model.graph, source, recipe, target)
+    return Variant(recipe.name, to_json(recipe), {role: graphs[role] for role in labels}), files
+
+
+def _places(
+    entry: GraphFile, graph: ir.Graph, source: WeightSource, recipe: Recipe, target: Target
+) -> dict[Content, Place]:
+    """What others need not store."""
+    formats = {parameter: recipe.format_of(_TABLES, parameter, target) for parameter in entry.formats}
+    return places(graph, formats, source)
 
 
 def _named(progress: Progress | None, stem: str) -> Progress | None:

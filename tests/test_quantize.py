@@ -123,6 +123,17 @@ def test_weights_that_were_rounded_are_no_source(tmp_path: Path) -> None:
         assert content(package.path) == before
 
 
+def test_a_table_that_is_shared_needs_no_source(tmp_path: Path) -> None:
+    """Only what is written needs the weights of the checkpoint."""
+    rules = (Rule("decoder/*.weight", WeightFormat(bits=32)), Rule("embed_tokens/*.weight", WeightFormat(bits=8)))
+    table = Recipe("table8", rules)
+    labels = [precision_label(recipe, "embed_tokens") for recipe in (table, load_recipe("int8"))]
+    assert labels[0] == labels[1]
+    make_package(tmp_path / "p", table)
+    made = quantize_package(tmp_path / "p", load_recipe("int8")).manifest.variants
+    assert made["int8"].graphs["embed_tokens"] == made["table8"].graphs["embed_tokens"]
+
+
 def test_a_variant_that_is_there_already(tmp_path: Path) -> None:
     make_package(tmp_path / "p", *recipes("fp32"))
     mine = Recipe("mine", (Rule("*/*.weight", WeightFormat(bits=4)),))

@@ -77,6 +77,49 @@ def test_what_is_stored_otherwise_is_stored_twice(tmp_path: Path) -> None:
     assert written(tmp_path / "whole", load_recipe("fp32"), 120, tied=True)["decoder"].shared != ()
 
 
+def test_a_table_that_is_there_is_read_where_it_lies(tmp_path: Path) -> None:
+    """Wherever that is: a package may be of a version that laid files out otherwise. Nothing is done to it again."""
+    opened = sources(128, tied=True)
+    first, _ = write_variant(load_recipe("int8"), "cpu", opened, {}, opened.__getitem__, tmp_path)
+    table = first.graphs["embed_tokens"]
+    shift(tmp_path, table, 8192)
+
+    def open_role(role: str) -> tuple[ir.Model, ArraySource]:
+        assert role == "decoder"
+        return sources(128, tied=True)[role]
+
+    second, files = write_variant(
+        load_recipe("int4"),
+        "cpu",
+        opened,
+        {"int8": first},
+        open_role,
+        tmp_path,
+        open_tables=lambda entry: (ir.load(tmp_path / entry.graph).graph, opened["embed_tokens"][1]),
+    )
+    assert second.graphs["decoder"].shared == (table.data,)
+    assert set(files) == {"onnx/decoder_int4.onnx", "onnx/decoder_int4.onnx_data"}
+    whole = written(tmp_path / "whole", load_recipe("int4"), 128, tied=False)
+    x = np.random.default_rng(1).standard_normal((3, 128)).astype(np.float32)
+    paths = (tmp_path / "decoder_int4.onnx", tmp_path / "whole" / whole["decoder"].graph)
+    np.testing.assert_array_equal(*(run(path, x=x) for path in paths))
+
+
+def shift(folder: Path, entry: GraphFile, num_bytes: int) -> None:
+    """Moves the weights of a graph further back in their file."""
+    data = folder / entry.data
+    data.write_bytes(bytes(num_bytes) + data.read_bytes())
+    model = ir.load(folder / entry.graph)
+    for value in model.graph.initializers.values():
+        old = value.const_value
+        if isinstance(old, ir.ExternalTensor):
+            place = (old.offset or 0) + num_bytes
+            value.const_value = ir.ExternalTensor(
+                entry.data, place, old.length, old.dtype, shape=old.shape, name=str(value.name)
+            )
+    ir.save(model, folder / entry.graph)
+
+
 def test_in_a_package_of_a_tied_checkpoint(package_tiny_a: Path, package_tiny_b: Path) -> None:
     tied, untied = (Package.open(path).variant("fp32").graphs["decoder"] for path in (package_tiny_b, package_tiny_a))
     assert tied.shared == ("embed_tokens.onnx_data",)
