@@ -150,7 +150,12 @@ def resolve(
             problems.append(f"{name} is there twice, under two spellings of {normalise(name)}")
         stored[normalise(name)] = tensor
     needed = {ref.name: ref for ref in wanted.values()}
-    problems += [f"missing {name} {list(ref.shape)}" for name, ref in needed.items() if name not in stored]
+    absent = {name: ref for name, ref in needed.items() if name not in stored}
+    present = {ref.hint for name, ref in needed.items() if name in stored}
+    hints = {ref.hint for ref in absent.values() if ref.hint and ref.hint not in present}
+    if hints:
+        raise CheckpointError(f"{checkpoint.path}: {'; '.join(sorted(hints))}")
+    problems += [f"missing {name} {list(ref.shape)}" for name, ref in absent.items()]
     for name, tensor in stored.items():
         if name not in needed:
             if not unused(name):

@@ -9,7 +9,16 @@ from .checkpoint import Checkpoint
 from .family import Json
 from .fields import read_field
 
-__all__ = ["DOCUMENTS", "TEMPLATE", "chat_template", "collect_documents", "generation_defaults", "token_id"]
+__all__ = [
+    "DOCUMENTS",
+    "TEMPLATE",
+    "chat_template",
+    "collect_documents",
+    "generation_defaults",
+    "leading_tokens",
+    "special_tokens",
+    "token_id",
+]
 
 TEMPLATE = "chat_template.jinja"
 DOCUMENTS = (
@@ -66,6 +75,33 @@ def token_id(documents: Mapping[str, Json], text: str) -> int:
         f"tokenizer.json: missing, or has no added token {text!r}; copy it from the checkpoint that this one was "
         "tuned from"
     )
+
+
+def special_tokens(documents: Mapping[str, Json]) -> tuple[str, ...]:
+    """Texts of all special tokens of tokenizer.json, in order."""
+    added = documents.get("tokenizer.json", {}).get("added_tokens")
+    tokens = [token for token in (added if isinstance(added, list) else ()) if isinstance(token, dict)]
+    return tuple(str(token.get("content")) for token in tokens if token.get("special"))
+
+
+def leading_tokens(documents: Mapping[str, Json]) -> tuple[str, ...]:
+    """What the tokenizer's own template puts in front of every text, by tokenizer.json: `<s>`, or nothing.
+
+    Raises CheckpointError where it also puts something behind, for a prompt goes on.
+    """
+    processor = documents.get("tokenizer.json", {}).get("post_processor")
+    parts: list[Json] = [processor] if isinstance(processor, dict) else []
+    if parts and parts[0].get("type") == "Sequence":
+        parts = list(parts[0].get("processors", ()))
+    single = next((part.get("single", ()) for part in parts if part.get("type") == "TemplateProcessing"), ())
+    places = [piece.get("SpecialToken", {}).get("id") for piece in single]
+    text = places.index(None) if None in places else len(places)
+    if places[text + 1 :]:
+        raise CheckpointError(
+            f"tokenizer.json: puts {places[-1]!r} behind every text, which ends a prompt; save the tokenizer "
+            "again with add_eos_token false"
+        )
+    return tuple(places[:text])
 
 
 def generation_defaults(generation: Json, fallback_eos: Any, *, penalty_sees_prompt: bool = True) -> GenerationDefaults:

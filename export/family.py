@@ -65,12 +65,14 @@ class TensorRef:
     """A tensor of the checkpoint, by its normalised name and the shape that the configuration implies.
 
     `rows`: the parameter is those rows of it; None is the whole tensor. `transposed`: it is the matrix turned over.
+    `hint`: what a user is told, in place of a list of names, where all tensors of one hint are missing.
     """
 
     name: str
     shape: tuple[int, ...]
     rows: RowBlocks | None = None
     transposed: bool = False
+    hint: str = ""
 
     @property
     def num_elements(self) -> int:

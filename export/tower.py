@@ -1,6 +1,7 @@
 """CLIP and SigLIP vision towers as checkpoints describe and store them: configuration, graph, tensor names."""
 
 import re
+from collections.abc import Sequence
 
 from ..runtime.errors import CheckpointError
 from .family import Json, Port, RoleSpec, TensorRef
@@ -35,14 +36,15 @@ def read_tower(
     config: Json,
     *,
     is_clip: bool,
-    select_layer: int,
+    select_layer: int | Sequence[int],
     keeps_class_token: bool = False,
     at: str = "vision_config",
     file: str = _CONFIG,
 ) -> TowerConfig:
     """The tower that config[at] describes, up to `hidden_states[select_layer]` of transformers (0: the embeddings).
 
-    Raises CheckpointError naming `file` and field. CLIP alone has a class token to keep.
+    Of several layers features stand side by side, in the order given. CLIP alone has a class token to keep.
+    Raises CheckpointError naming `file` and field.
     """
     own = read_field(config, at, dict, file=file)
     said = {
@@ -65,10 +67,14 @@ def read_tower(
     num_stored = read_size(said, f"{at}.num_hidden_layers", file=file)
     if keeps_class_token and not is_clip:
         raise CheckpointError(f"{file}: {at} describes a SigLIP tower, which has no class token; ask for patches alone")
+    single = isinstance(select_layer, int)
+    counts = tuple(_num_layers(num_stored, layer) for layer in ([select_layer] if single else select_layer))
+    if not counts:
+        raise CheckpointError(f"{file}: the list of vision layers is empty; name one at least")
     return TowerConfig(
         width=width,
         inner=read_size(said, f"{at}.intermediate_size", file=file),
-        num_layers=_num_layers(num_stored, select_layer),
+        num_layers=max(counts),
         num_stored=num_stored,
         num_heads=num_heads,
         patch_size=patch_size,
@@ -77,6 +83,7 @@ def read_tower(
         activation=activation,
         has_class_token=is_clip,
         keeps_class_token=keeps_class_token,
+        taken=() if single else counts,
     )
 
 
@@ -104,7 +111,7 @@ def tower_role(tower: TowerConfig, prefix: str) -> RoleSpec:
     return RoleSpec(
         build=lambda: FrameTower(tower),
         inputs=(Port("pixel_values", "float32", ("num_patches", tower.patch_dim)),),
-        outputs=(Port("vision_features", "float32", (rows, tower.width)),),
+        outputs=(Port("vision_features", "float32", (rows, tower.feature_width)),),
         tensor=tensor,
         example_sizes={"num_patches": 3 * tower.num_patches},
     )

@@ -189,6 +189,7 @@ class PromptSpec:
     video_placeholder_id: int | None = None
     max_tokens: int | None = None  # prompts with images are cut off after so many, as upstream does; None: never
     tiles: TileTokens | None = None  # pictures of several tiles; None: a picture is its placeholder, repeated
+    leading_tokens: tuple[str, ...] = ()  # in front of every prompt whose text does not begin with the first of them
 
     def __post_init__(self) -> None:
         for name in ("image_placeholder_id", "video_placeholder_id"):

@@ -54,6 +54,7 @@ class PromptBuilder:
         self._vision = vision
         ids = {spec.image_placeholder: self.image_token_id, spec.video_placeholder: self.video_token_id}
         self._marks = {text: id for text, id in ids.items() if id < 0}  # placeholders that are no tokens
+        self._leading = [self._token_id(token) for token in spec.leading_tokens]
         tiles = spec.tiles
         self._tile_starts = [self._token_id(token) for token in (tiles.start, tiles.tile_start)] if tiles else []
         self._tile_ends = [self._token_id(token) for token in (tiles.end, tiles.tile_end)] if tiles else []
@@ -93,7 +94,7 @@ class PromptBuilder:
         if self._spec.tiles is not None:
             return self._build_tiles(conversation, [p for p in shown if isinstance(p, Pictures)], text, user_tokens)
         patches = [item for item in shown if isinstance(item, Patches)]
-        ids = self._encode_between(text, user_tokens)
+        ids = self._led(text, self._encode_between(text, user_tokens))
         kinds = [visual.kind for visual in conversation.visuals]
         slots = np.flatnonzero(self._is_placeholder(ids))
         found = [self._kind(ids[slot]) for slot in slots]
@@ -126,7 +127,7 @@ class PromptBuilder:
         for number, (slot, (picture, use_ids)) in enumerate(zip(slots, pictures, strict=True)):
             numbered = tokens.use_ids if use_ids is None else use_ids
             spelled[slot] = picture_text(tokens, picture.grid, number if numbered else None)
-        ids = self._encode(_cut(text, user_tokens, spelled))
+        ids = self._led(text, self._encode(_cut(text, user_tokens, spelled)))
         kinds: list[Kind] = [
             visual.kind for visual, item in zip(conversation.visuals, shown, strict=True) for _ in item.tiles
         ]
@@ -238,6 +239,12 @@ class PromptBuilder:
                 plain.append(piece)
                 length += len(piece)
         return spans if start is None and "".join(plain) == text else None
+
+    def _led(self, text: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ids with the leading tokens in front, as transformers' processors do it: once, whoever writes them."""
+        if not self._leading or text.startswith(self._spec.leading_tokens[0]):
+            return ids
+        return np.concatenate([np.array(self._leading, np.int64), ids])
 
     def _encode_between(self, text: str, user_tokens: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
         """Ids of the prompt with each placeholder once.

@@ -100,7 +100,7 @@ def test_a_clip_s_frames_are_squares_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("strategy", ["center_crop", "pad_square"])
 def test_sides_too_unequal_are_refused_before_memory_is_taken(strategy: str) -> None:
-    with pytest.raises(CapacityError, match="a.png: 60000x1 has one side 60000 times the other"):
+    with pytest.raises(CapacityError, match=r"a\.png: 60000x1 has one side 60000 times the other"):
         preprocess_images([Image.new("RGB", (60000, 1))], spec(strategy), name="a.png")
 
 

@@ -42,6 +42,7 @@ class TowerConfig:
     activation: Activation
     has_class_token: bool
     keeps_class_token: bool = False  # as the first row of each frame's features
+    taken: tuple[int, ...] = ()  # after how many layers features are taken, to stand side by side; (): after all
 
     @property
     def kernel(self) -> tuple[int, int, int]:
@@ -57,6 +58,11 @@ class TowerConfig:
     def num_patches(self) -> int:
         """Patches of a frame."""
         return self.side**2
+
+    @property
+    def feature_width(self) -> int:
+        """Columns of the features."""
+        return self.width * max(1, len(self.taken))
 
     @property
     def num_features(self) -> int:
@@ -124,7 +130,8 @@ class FrameEmbeddings(nn.Module):
 
 
 class FrameTower(nn.Module):
-    """Patches of any number of frames, float32 [N, 3*p*p] -> features float32 [N, C], or [F * T, C] with class tokens.
+    """Patches of any number of frames, float32 [N, 3*p*p] -> features float32 [N, C], or [F * T, C] with class tokens;
+    times as many columns as layers are `taken`.
 
     All frames have the same number of patches, so bounds and positions are the graph's own. Parameters have the names
     of transformers' CLIPVisionTransformer and SiglipVisionTransformer, but for `position_embedding`, which is a plain
@@ -148,9 +155,10 @@ class FrameTower(nn.Module):
         x_NC = self.pre_layrnorm(self.embeddings(pixel_values))
         num_frames = pixel_values.reshape(-1, num_patches, config.patch_dim).shape[0]
         cu_seqlens = torch.arange(num_frames + 1, dtype=torch.int32) * num_tokens
-        run = BlockRunner()
+        run, states = BlockRunner(), [x_NC]
         for layer in self.encoder["layers"]:  # pyright: ignore[reportGeneralTypeIssues]
-            x_NC = run(layer, x_NC, cu_seqlens)
+            states.append(run(layer, states[-1], cu_seqlens))
+        x_NC = torch.cat([states[count] for count in config.taken], dim=-1) if config.taken else states[-1]
         if config.has_class_token and not config.keeps_class_token:
-            x_NC = x_NC.reshape(-1, num_tokens, config.width)[:, 1:].reshape(-1, config.width)
+            x_NC = x_NC.reshape(-1, num_tokens, config.feature_width)[:, 1:].reshape(-1, config.feature_width)
         return x_NC.to(torch.float32)
