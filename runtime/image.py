@@ -24,7 +24,7 @@ from PIL import Image
 
 from .errors import CapacityError, InputError, PackageError
 from .manifest import SQUARE_STRATEGIES, ImageSpec
-from .square import make_square
+from .square import make_square, pad_to_square
 
 __all__ = [
     "MAX_SOURCE_PIXELS",
@@ -67,6 +67,7 @@ class ImageOptions:
     max_slice_nums: int | None = None  # the most tiles of an image (runtime/slices.py)
     use_image_id: bool | None = None  # whether the prompt numbers its pictures
 
+    aspect_ratio: str | None = None  # "pad": to a square first, where images become squares (runtime/square.py)
     def refuse(self, name: str, *unknown: str, known: str) -> None:
         """Raises InputError where one of `unknown` is given, to a package that has only `known`."""
         for option in unknown:
@@ -202,6 +203,8 @@ def preprocess_images(
     options.refuse(name, "max_slice_nums", "use_image_id", known="min_pixels and max_pixels")
     return strategies[spec.strategy](frames, spec, options, name)
 
+    if spec.square is None:
+        options.refuse(name, "aspect_ratio", known="min_pixels and max_pixels")
 
 _Strategy = Callable[[Sequence[Image.Image], ImageSpec, ImageOptions, str], Patches]
 
@@ -245,6 +248,8 @@ def _squared(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptio
     options.refuse(name, "min_pixels", "max_pixels", known="images of one size")
     block = spec.patch_size * spec.merge_size
     whole = slice(0, spec.square.side // block * block)
+    if options.aspect_ratio == "pad":
+        frames = [pad_to_square(frame, spec.square, MAX_SOURCE_PIXELS, name) for frame in frames]
     return patchify([make_square(frame, spec, MAX_SOURCE_PIXELS, name)[whole, whole] for frame in frames], spec)
 
 

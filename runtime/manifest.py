@@ -13,6 +13,7 @@ __all__ = [
     "SCHEMA",
     "SQUARE_STRATEGIES",
     "CacheSpec",
+    "ConnectorSpec",
     "FileEntry",
     "GenerationDefaults",
     "GraphFile",
@@ -130,11 +131,34 @@ class VideoSpec:
     total_pixels: int | None = None  # over all frames of a clip
     max_slices: int | None = None  # of each frame of a sampled clip, unless the request says; None: as for images
     use_ids: bool | None = None  # the same for the numbers of pictures
+    num_frames: int | None = None  # of "midpoints": sample so many of any clip, unless the request says
+    gif_fps: float | None = None  # what a .gif is taken for, whatever it says; None: what it says
 
     def __post_init__(self) -> None:
-        limits = {"min_pixels", "max_pixels", "total_pixels", "max_slices"}
+        if (self.sampling == "midpoints") != (self.num_frames is not None):
+            raise ValueError(f"num_frames does not go with sampling {self.sampling!r}; export the checkpoint again")
+        limits = {"min_pixels", "max_pixels", "total_pixels", "max_slices", "num_frames", "gif_fps"}
         given = {name for name in limits if getattr(self, name) is not None}
         _above_zero(self, *vars(self).keys() - {"sampling", "use_ids"} - limits | given)
+
+
+@dataclass(frozen=True)
+class ConnectorSpec:
+    """How a projector makes tokens of several frames (runtime/connector.py).
+
+    "windows": of each block of `kernel` frames, rows and columns one token, with `padding` places of zeros around all
+    of them. "mean": the frames of a clip become one, each place of it a token.
+    """
+
+    strategy: Literal["windows", "mean"]
+    num_frames: int  # that an image stands for
+    kernel: tuple[int, int, int] = (1, 1, 1)
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "num_frames")
+        if min(self.kernel) < 1 or not 0 <= self.padding <= 1:
+            raise ValueError(f"kernel {list(self.kernel)} and padding {self.padding} do not go together")
 
 
 @dataclass(frozen=True)
@@ -148,6 +172,7 @@ class VisionSpec:
     position_side: int = 0  # rows and columns of a table of learned positions; 0 where there is none
     first_rows: int = 0  # tokens in front of an image's merge blocks
     row_ends: int = 0  # tokens at the end of each row of its merge blocks
+    connector: ConnectorSpec | None = None  # a projector that takes several frames at once
 
     def __post_init__(self) -> None:
         if min(self.first_rows, self.row_ends) < 0:

@@ -41,6 +41,8 @@ _SOURCE_KEYS = ("path", "url")  # besides the part's own type
 _ALIASES = {"nframes": "num_frames"}  # as qwen-vl-utils has it
 _INTEGERS = ("num_frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels", "max_slice_nums")
 _SWITCHES = ("use_image_id",)
+_CHOICES = {"aspect_ratio": ("pad",)}
+_SECONDS = ("s", "e")
 _IMAGE_OPTIONS = frozenset(field.name for field in fields(ImageOptions))
 _CLIP_OPTIONS = frozenset(field.name for field in fields(ClipOptions))
 _OPTIONS = _IMAGE_OPTIONS | _CLIP_OPTIONS  # of a video part, whose frames are images too
@@ -203,11 +205,17 @@ def _read_options(values: Mapping[str, Any], where: str, known: frozenset[str]) 
             _expect(isinstance(value, bool), f"{where}.{key}", f"is {_shown(value)}; give true or false")
             found[name] = value
             continue
+        if name in _CHOICES:
+            _expect(
+                value in _CHOICES[name], f"{where}.{key}", f"is {_shown(value)}; give {' or '.join(_CHOICES[name])}"
+            )
+            found[name] = value
+            continue
         kinds = (int,) if name in _INTEGERS else (int, float)
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < float("inf")
-        _expect(
-            fits, f"{where}.{key}", f"is {_shown(value)}; give {'a whole' if name in _INTEGERS else 'a'} number above 0"
-        )
+        least = -float("inf") if name in _SECONDS else 0
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and least < value < float("inf")
+        wanted = f"{'a whole' if name in _INTEGERS else 'a'} number{'' if name in _SECONDS else ' above 0'}"
+        _expect(fits, f"{where}.{key}", f"is {_shown(value)}; give {wanted}")
         found[name] = value
     return found
 

@@ -79,7 +79,7 @@ def cut_picture(
     """
     assert spec.slices is not None
     options = options or ImageOptions()
-    options.refuse(name, "min_pixels", "max_pixels", known="max_slice_nums and use_image_id")
+    options.refuse(name, "min_pixels", "max_pixels", "aspect_ratio", known="max_slice_nums and use_image_id")
     max_slices = spec.slices.max_slices if options.max_slice_nums is None else options.max_slice_nums
     if max_slices < 1:
         raise InputError(f"{name}: max_slice_nums is {max_slices}; give 1 for no tiles, or more")

@@ -12,7 +12,7 @@ from PIL import Image
 from .errors import CapacityError
 from .manifest import ImageSpec, SquareSpec
 
-__all__ = ["make_square"]
+__all__ = ["make_square", "pad_to_square"]
 
 
 def make_square(image: Image.Image, spec: ImageSpec, limit: int, name: str) -> NDArray[np.uint8]:
@@ -25,11 +25,11 @@ def make_square(image: Image.Image, spec: ImageSpec, limit: int, name: str) -> N
     if spec.strategy == "stretch":
         return np.asarray(image.resize((spec.square.side, spec.square.side), resample))
     if spec.strategy == "pad_square":
-        image = _padded(image, spec.square, limit, name)
+        image = pad_to_square(image, spec.square, limit, name)
     return _cropped(np.asarray(image.resize(_short_side(image, spec.square, limit, name), resample)), spec.square.side)
 
 
-def _padded(image: Image.Image, square: SquareSpec, limit: int, name: str) -> Image.Image:
+def pad_to_square(image: Image.Image, square: SquareSpec, limit: int, name: str) -> Image.Image:
     """LLaVA's expand2square: the image in the middle of its longer side's square, the odd pixel at the far end."""
     side = max(image.size)
     _check(side, side, image, limit, name)

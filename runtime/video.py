@@ -28,12 +28,14 @@ from .image import (
     source_label,
 )
 from .manifest import ImageSpec, VideoSpec
+from .midpoints import fill_list, midpoint_frames
 from .video_file import MAX_SOURCE_FRAMES, open_video
 
 __all__ = ["SAMPLING", "Clip", "ClipOptions", "ClipSource", "load_clip", "preprocess_clip", "sampled_frames"]
 
-SAMPLING = ("linspace", "arange", "strided")  # what VideoSpec.sampling may be
+SAMPLING = ("linspace", "arange", "strided", "midpoints")  # what VideoSpec.sampling may be
 
+_PIXELS = ("min_pixels", "max_pixels", "total_pixels")
 # What numpy raises for damaged .npy headers, which it reads as Python text.
 _NPY_DAMAGE = (OSError, ValueError, TypeError, LookupError, OverflowError, SyntaxError, RecursionError, TokenError)
 
@@ -51,6 +53,8 @@ class ClipOptions:
     min_pixels: int | None = None  # a frame
     max_pixels: int | None = None
     total_pixels: int | None = None  # over all frames
+    s: float | None = None  # seconds: where in the clip to start, and to end
+    e: float | None = None
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,17 @@ def sampled_frames(total: int, fps: float, spec: VideoSpec, options: ClipOptions
     The number is smart_nframes of qwen-vl-utils 0.0.10 (and of transformers 5): time times the wanted rate, within
     bounds, down to a multiple. "linspace" (qwen-vl-utils) spreads them from the first to the last frame; "arange"
     (transformers 5) takes the first of each of n equal stretches. "strided" takes every n-th frame, and of too many the
-    middle of each of so many stretches (MiniCPM-V's example). Raises InputError for too short a clip.
+    middle of each of so many stretches (MiniCPM-V's example). "midpoints" is runtime/midpoints.py. Raises InputError
+    for too short a clip.
     """
+    if spec.sampling == "midpoints":
+        assert spec.num_frames is not None
+        _refuse(options, name, "fps", "min_frames", "max_frames", *_PIXELS, known="num_frames, s and e")
+        num_frames = spec.num_frames if options.num_frames is None else options.num_frames
+        if num_frames < min(spec.num_frames, 2):
+            raise InputError(f"{name}: num_frames is {num_frames}; give at least 2, or show an image")
+        return midpoint_frames(total, fps, num_frames, options.s, options.e, name)
+    _refuse(options, name, "s", "e", known="fps, num_frames, min_frames and max_frames")
     if spec.sampling == "strided":
         return _strided(total, fps, spec, options, name)
     multiple = spec.frame_multiple
@@ -156,6 +169,13 @@ def _strided(total: int, fps: float, spec: VideoSpec, options: ClipOptions, name
     return [frames[int(i * gap + gap / 2)] for i in range(wanted)]
 
 
+def _refuse(options: ClipOptions, name: str, *unknown: str, known: str) -> None:
+    """Raises InputError where one of `unknown` is given to a package that samples otherwise."""
+    for option in unknown:
+        if getattr(options, option) is not None:
+            raise InputError(f"{name}: {option} is no option of this package's clips; they have {known}")
+
+
 def _linspace(total: int, count: int) -> list[int]:
     """torch.linspace(0, total - 1, count).round() to the bit: float32, from both ends, multiply-adds rounded once."""
     end = np.float32(total - 1)
@@ -170,13 +190,18 @@ def _load_list(source: Sequence[ImageSource], wish: _Wish) -> Clip:
     spec, label = wish.spec, wish.label
     if not source:
         raise InputError(f"{label}: has no frames; give at least one")
+    if spec.num_frames is not None:
+        source = source[: spec.max_frames]
     if len(source) > spec.max_frames:
         raise CapacityError(f"{label}: {len(source)} frames are over the limit of {spec.max_frames}; leave some out")
     frames = (
         load_image(frame, max_source_pixels=wish.max_source_pixels, name=f"{label} frame {i}")
         for i, frame in enumerate(source)
     )
-    return Clip(tuple(frames), wish.options.fps or spec.default_fps)
+    shown = tuple(frames)
+    if spec.num_frames is not None:
+        shown = fill_list(shown, spec.num_frames, spec.max_frames)
+    return Clip(shown, wish.options.fps or spec.default_fps)
 
 
 def _load_array(array: NDArray[np.uint8], wish: _Wish) -> Clip:
@@ -197,9 +222,11 @@ def _load_array(array: NDArray[np.uint8], wish: _Wish) -> Clip:
 
 def _load_file(source: str | Path | bytes, wish: _Wish) -> Clip:
     with open_video(source, wish.label, wish.max_source_pixels) as video:
-        indices = sampled_frames(video.num_frames, video.fps, wish.spec, wish.options, wish.label)
+        is_gif = isinstance(source, (str, Path)) and Path(source).suffix == ".gif"
+        fps = wish.spec.gif_fps if is_gif and wish.spec.gif_fps is not None else video.fps
+        indices = sampled_frames(video.num_frames, fps, wish.spec, wish.options, wish.label)
         frames = _fitted(video.frames(indices), len(indices), wish)
-        return Clip(frames, len(indices) / video.num_frames * video.fps)
+        return Clip(frames, len(indices) / video.num_frames * fps)
 
 
 def _open_npy(file: Path, label: str) -> NDArray[np.uint8]:
@@ -243,7 +270,7 @@ def _resized(frame: Image.Image, low: int, high: float, wish: _Wish) -> Image.Im
 def _checked(options: ClipOptions, spec: VideoSpec, name: str) -> ClipOptions:
     """Options with every number above 0, and no more frames than the package allows."""
     for option, value in vars(options).items():
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and option not in ("s", "e") and not 0 < value < math.inf:
             raise InputError(f"{name}: {option} is {value}; give a number above 0")
     for option in ("num_frames", "min_frames", "max_frames"):
         value = getattr(options, option)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .connector import frame_shares, frame_windows, num_connector_rows
 from .errors import PackageError
 from .manifest import VisionSpec
 
@@ -47,6 +48,8 @@ def vision_inputs(
         "cu_window_seqlens": cu_window_seqlens,
     }
     names = spec.inputs if names is None else names
+        "frame_windows": frame_windows,
+        "frame_shares": frame_shares,
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise PackageError(f"vlmport.json: vision.inputs: {unknown[0]!r} is not one of {', '.join(known)}")
@@ -57,6 +60,8 @@ def num_rows(spec: VisionSpec, grid: Grid) -> int:
     """Rows that replace placeholders of one image or clip, and so its tokens in a prompt."""
     t, h, w = grid
     merge = spec.merge_size
+    if spec.connector is not None:
+        return num_connector_rows(spec, grid)
     return t * (spec.first_rows + h // merge * (w // merge + spec.row_ends))
 
 
