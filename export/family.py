@@ -36,6 +36,7 @@ __all__ = [
     "families",
     "family_of",
     "load_family",
+    "roles_of",
 ]
 
 Json = dict[str, Any]
@@ -105,6 +106,11 @@ class ManifestParts:
     template: str | None = None  # chat template where upstream takes not the checkpoint's own; Jinja
 
 
+def _as_it_is(config: Json, documents: Mapping[str, Json]) -> Json:
+    del documents
+    return config
+
+
 @dataclass(frozen=True)
 class FamilySpec:
     """A family of checkpoints: how to recognise, trace, fill and describe them."""
@@ -116,8 +122,14 @@ class FamilySpec:
     normalise: Callable[[str], str]  # tensor name in a file -> the one name the family uses
     unused: Callable[[Json, str], bool]  # normalised tensor names that are left out on purpose
     tiny_config: Json  # a config.json small enough for tests
+    completed: Callable[[Json, Mapping[str, Json]], Json] = _as_it_is  # config.json with what roles need of other files
     reference: str | None = None  # module beside the family that adapts transformers' class; None: own modules
     remote: str | None = None  # the same for the Python files that checkpoints bring, run where the user trusts them
+
+
+def roles_of(family: FamilySpec, config: Json, documents: Mapping[str, Json]) -> Mapping[str, RoleSpec]:
+    """The graphs of a checkpoint, by its config.json and its other JSON files by name. Raises CheckpointError."""
+    return family.roles(family.completed(config, documents))
 
 
 def families() -> tuple[str, ...]:

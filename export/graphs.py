@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from ..quant.store import WeightSource
 from .checkpoint import Checkpoint, CheckpointSource, resolve
-from .family import FamilySpec, RoleSpec, family_of
+from .family import FamilySpec, RoleSpec, family_of, roles_of
 from .lower import COMPUTE_DTYPE, Target, lower
 from .trace import trace
 
@@ -37,7 +37,7 @@ def float_graphs(path: str | Path, target: Target, progress: Callable[[str], Non
     """
     checkpoint = Checkpoint.open(path)
     family = family_of(checkpoint.config, checkpoint.path / "config.json")
-    roles = family.roles(checkpoint.config)
+    roles = roles_of(family, checkpoint.config, checkpoint.documents)
     graphs: dict[str, ir.Model] = {}
     for name, role in roles.items():
         progress(f"tracing {name}")

@@ -13,7 +13,7 @@ from ..runtime.manifest import ImageSpec, SquareSpec
 from .family import Json
 from .fields import read_field, read_numbers, read_size
 
-__all__ = ["PatchGeometry", "image_processor", "smart_resize_spec", "square_spec"]
+__all__ = ["PatchGeometry", "fixed_area_spec", "image_processor", "smart_resize_spec", "square_spec"]
 
 _FILE = "preprocessor_config.json"
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -112,6 +112,30 @@ def smart_resize_spec(processor: Json, geometry: PatchGeometry) -> ImageSpec:
         std=read_numbers(processor, "image_std", _CLIP_STD, file=file),
         rescale=read_field(processor, "rescale_factor", float, 1 / 255, file=file),
         resample=_resample(processor),
+    )
+
+
+def fixed_area_spec(processor: Json, *, patch_size: int, merge_size: int) -> ImageSpec:
+    """The ImageSpec of EVEv2, which scales images to the area of a square of `max_size` pixels by itself.
+
+    Its CLIP processor then only normalises. Raises CheckpointError where it would resize or crop once more.
+    """
+    wanted = {"do_resize": False, "do_center_crop": False, "do_rescale": True, "do_normalize": True}
+    for step, value in wanted.items():
+        if (found := read_field(processor, step, bool, True, file=_FILE)) != value:
+            raise CheckpointError(f"{_FILE}: {step} is {str(found).lower()}, which is not supported here; set it")
+    pixels = read_size(processor, "max_size", file=_FILE) ** 2
+    return ImageSpec(
+        strategy="fixed_area",
+        patch_size=patch_size,
+        temporal_patch_size=1,
+        merge_size=merge_size,
+        min_pixels=pixels,
+        max_pixels=pixels,
+        mean=read_numbers(processor, "image_mean", _CLIP_MEAN, file=_FILE),
+        std=read_numbers(processor, "image_std", _CLIP_STD, file=_FILE),
+        rescale=read_field(processor, "rescale_factor", float, 1 / 255, file=_FILE),
+        resample="bicubic",  # Pillow's own default, whatever `resample` says
     )
 
 

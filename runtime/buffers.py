@@ -45,10 +45,12 @@ class StepBuffers:
         binding: Any,
         max_length: int,
         constants: Mapping[str, Array],
+        indices: Mapping[str, Array],
         *,
         fixed_mask: bool = False,
     ) -> None:
-        """binding: an IOBinding that has the cache's buffers already. constants: inputs that stay as they are.
+        """binding: an IOBinding that has the cache's buffers already. constants and indices: inputs that stay as they
+        are, read on the host and on the device.
 
         fixed_mask: the mask has the full length, zeros behind the tokens held, and a place of its own (CUDA graphs).
         """
@@ -72,6 +74,8 @@ class StepBuffers:
         binding.bind_ortvalue_output("logits", self._logits.value)
         for name, array in session.cast(constants).items():
             binding.bind_ortvalue_input(name, ort_value(array))  # read on the host, whatever the device
+        for name, array in session.cast(indices).items():
+            binding.bind_ortvalue_input(name, ort_value(array, device))
 
     def fill(self, embeds_D: Array, position: int, total: int) -> Any:
         """Puts a token in; total: tokens in the cache after it. Returns the binding to run."""

@@ -10,6 +10,7 @@ from .cache import Cache, cache_names
 from .device import NOT_CAPTURED, StepGraphs, graph_run_options
 from .errors import InputError, PackageError
 from .manifest import CacheSpec
+from .routing import ROUTING_INPUTS, TEXT_STEP, routing_inputs
 from .session import Array, GraphSession, ort_value
 
 __all__ = ["Decoder"]
@@ -30,8 +31,9 @@ class Decoder:
             raise InputError(f"prefill chunk: {chunk} is not at least 1")
         _check_cache_inputs(session, spec)
         names = [past for past, _ in cache_names(spec.num_layers)]
+        routing = [name for name in ROUTING_INPUTS if name in session.inputs]
         session.expect(
-            inputs=["inputs_embeds", "attention_mask", "position_ids", *names],
+            inputs=["inputs_embeds", "attention_mask", "position_ids", *routing, *names],
             outputs=["logits", *(present for _, present in cache_names(spec.num_layers))],
         )
         vocabulary = session.outputs["logits"].shape[-1]
@@ -40,6 +42,7 @@ class Decoder:
         self._session = session
         self._spec = spec
         self._chunk = chunk
+        self._is_routed = bool(routing)  # visual tokens have weights of their own
         self._vocabulary = vocabulary
         self._graphs = StepGraphs(self._cache_of_graph, spec.max_length) if step_graph else None
         self._prompt_options = graph_run_options(NOT_CAPTURED) if step_graph else None
@@ -50,21 +53,31 @@ class Decoder:
             return self._graphs.lend(max_length)
         return Cache(self._session, self._spec, max_length)
 
-    def prefill(self, embeds_SD: Array, position_ids: Array, cache: Cache, *, all_logits: bool = False) -> Array:
+    def prefill(
+        self,
+        embeds_SD: Array,
+        position_ids: Array,
+        cache: Cache,
+        *,
+        visual_S: Array | None = None,
+        all_logits: bool = False,
+    ) -> Array:
         """Puts S tokens through the decoder, in chunks, and adds them to the cache.
 
-        position_ids: int64 [3, S] or [S], as the graph has it. Returns float32 logits [1, V] of the last token, or
-        [S, V]. Raises CapacityError, before anything is computed, where the cache is too short.
+        position_ids: int64 [3, S] or [S], as the graph has it. visual_S: which tokens are rows of images, bool [S],
+        for a graph that has weights of its own for them; None: none are. Returns float32 logits [1, V] of the last
+        token, or [S, V]. Raises CapacityError, before anything is computed, where the cache is too short.
         """
         num_tokens = embeds_SD.shape[0]
         if num_tokens == 0:
             raise InputError("the prompt is empty: give it at least one token")
         assert position_ids.shape[-1] == num_tokens, (position_ids.shape, embeds_SD.shape)
         cache.require(num_tokens)
+        visual_S = np.zeros(num_tokens, bool) if visual_S is None else visual_S
         logits = np.empty((num_tokens if all_logits else 1, self._vocabulary), np.float32)
         for start in range(0, num_tokens, self._chunk):
             part = slice(start, start + self._chunk)
-            rows = self._run(embeds_SD[part], position_ids[..., part], cache, all_logits)
+            rows = self._run(embeds_SD[part], position_ids[..., part], cache, visual_S[part], all_logits)
             logits[part if all_logits else slice(None)] = rows
         return logits
 
@@ -82,7 +95,7 @@ class Decoder:
         cache.advance(1)
         return cache.step_buffers.logits()
 
-    def _run(self, embeds_SD: Array, position_ids: Array, cache: Cache, all_logits: bool) -> Array:
+    def _run(self, embeds_SD: Array, position_ids: Array, cache: Cache, visual_S: Array, all_logits: bool) -> Array:
         num_tokens = embeds_SD.shape[0]
         feeds = {
             "inputs_embeds": embeds_SD[None],
@@ -90,6 +103,8 @@ class Decoder:
             "position_ids": np.expand_dims(position_ids, -2),  # [3, 1, S] or [1, S]
         }
         feeds |= self._switches(all_logits=all_logits)
+        if self._is_routed:
+            feeds |= routing_inputs(visual_S)
         binding = cache.prefill_binding
         for name, array in self._session.cast(feeds).items():
             binding.bind_ortvalue_input(name, ort_value(array))  # bind_cpu_input knows no optional input
@@ -104,7 +119,8 @@ class Decoder:
     def _step_buffers(self, cache: Cache) -> StepBuffers:
         constants = self._switches(all_logits=False)
         binding, fixed_mask = cache.new_binding(), self._graphs is not None
-        return StepBuffers(self._session, binding, cache.max_length, constants, fixed_mask=fixed_mask)
+        indices = TEXT_STEP if self._is_routed else {}
+        return StepBuffers(self._session, binding, cache.max_length, constants, indices, fixed_mask=fixed_mask)
 
     def _cache_of_graph(self, max_length: int) -> Cache:
         cache = Cache(self._session, self._spec, max_length)

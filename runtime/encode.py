@@ -29,7 +29,7 @@ __all__ = ["EncodeOptions", "ImageEncoding", "VisionOutput", "encode_patches", "
 class VisionOutput:
     """What the vision side computed: `vision` float32 [P, C] in natural patch order, `features` float32 [R, D]."""
 
-    vision: Array
+    vision: Array | None  # None: there is no vision encoder
     features: Array
     timings: Timings  # vision and projector alone
 

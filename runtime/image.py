@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from .area import area_size
 from .errors import CapacityError, InputError, PackageError
 from .manifest import SQUARE_STRATEGIES, ImageSpec
 from .square import make_square, pad_to_square
@@ -66,8 +67,8 @@ class ImageOptions:
     max_pixels: int | None = None
     max_slice_nums: int | None = None  # the most tiles of an image (runtime/slices.py)
     use_image_id: bool | None = None  # whether the prompt numbers its pictures
-
     aspect_ratio: str | None = None  # "pad": to a square first, where images become squares (runtime/square.py)
+
     def refuse(self, name: str, *unknown: str, known: str) -> None:
         """Raises InputError where one of `unknown` is given, to a package that has only `known`."""
         for option in unknown:
@@ -192,6 +193,7 @@ def preprocess_images(
         "smart_resize": _smart_resized,
         "shrink_then_smart_resize": _shrunk_first,
         "native": _native,
+        "fixed_area": _fixed_area,
         **dict.fromkeys(SQUARE_STRATEGIES, _squared),
     }
     if spec.strategy not in strategies:
@@ -201,10 +203,10 @@ def preprocess_images(
         )
     options = options or ImageOptions()
     options.refuse(name, "max_slice_nums", "use_image_id", known="min_pixels and max_pixels")
-    return strategies[spec.strategy](frames, spec, options, name)
-
     if spec.square is None:
         options.refuse(name, "aspect_ratio", known="min_pixels and max_pixels")
+    return strategies[spec.strategy](frames, spec, options, name)
+
 
 _Strategy = Callable[[Sequence[Image.Image], ImageSpec, ImageOptions, str], Patches]
 
@@ -246,11 +248,21 @@ def _squared(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptio
     """Each image as the square that the vision encoder takes; a convolution leaves out what makes no whole patch."""
     assert spec.square is not None
     options.refuse(name, "min_pixels", "max_pixels", known="images of one size")
-    block = spec.patch_size * spec.merge_size
-    whole = slice(0, spec.square.side // block * block)
     if options.aspect_ratio == "pad":
         frames = [pad_to_square(frame, spec.square, MAX_SOURCE_PIXELS, name) for frame in frames]
+    block = spec.patch_size * spec.merge_size
+    whole = slice(0, spec.square.side // block * block)
     return patchify([make_square(frame, spec, MAX_SOURCE_PIXELS, name)[whole, whole] for frame in frames], spec)
+
+
+def _fixed_area(frames: Sequence[Image.Image], spec: ImageSpec, options: ImageOptions, name: str) -> Patches:
+    """All images scaled to one area, as EVEv2 does it. The option replaces the package's."""
+    options.refuse(name, "min_pixels", known="max_pixels")
+    pixels = spec.max_pixels if options.max_pixels is None else options.max_pixels
+    if pixels < 1:
+        raise InputError(f"{name}: max_pixels is {pixels}; give a number of pixels above 0")
+    size = area_size(frames[0].height, frames[0].width, spec.patch_size * spec.merge_size, pixels)
+    return _resized(frames, *size, spec, name)
 
 
 def _resized(frames: Sequence[Image.Image], height: int, width: int, spec: ImageSpec, name: str) -> Patches:

@@ -33,7 +33,7 @@ __all__ = [
 
 SCHEMA = "vlmport-package/1"
 SQUARE_STRATEGIES = ("center_crop", "pad_square", "stretch")
-ROLES = ("vision_encoder", "projector", "classifier", "embed_tokens", "decoder")
+ROLES = ("vision_encoder", "projector", "classifier", "patch_embed", "embed_tokens", "decoder")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ class ConnectorSpec:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """Index inputs of the vision encoder and the projector. Each name is a function of runtime/vision_inputs.py."""
+    """Index inputs of the vision encoder (or patch embedding) and the projector, and how many rows come of an image.
+
+    Each name is a function of runtime/vision_inputs.py.
+    """
 
     inputs: tuple[str, ...]
     merge_size: int

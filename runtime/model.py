@@ -4,8 +4,8 @@
     P  patches of all visuals          D  hidden size
     R  rows in place of placeholders   V  vocabulary
 
-What a model can do follows from the roles that its package has: without vision_encoder it reads text only, without
-decoder it sees only.
+What a model can do follows from the roles that its package has: without vision_encoder or patch_embed it reads text
+only, without decoder it sees only.
 """
 
 import time
@@ -62,6 +62,8 @@ class Model(OpenedPackage):
     def encode_vision(self, patches: Sequence[Patches]) -> VisionOutput:
         """All images and clips in one packed call; rows in the order given. Raises PackageError without the role."""
         assert patches
+        if "patch_embed" in self.manifest.roles:
+            return self._embed_patches(patches)
         encoder = self.session("vision_encoder")
         projector = self.session("projector") if "projector" in self.manifest.roles else None
         feeds = {"pixel_values": np.concatenate([item.pixel_values for item in patches])}
@@ -97,7 +99,7 @@ class Model(OpenedPackage):
             raise InputError(
                 f"features: {num_rows} rows for {expected} placeholders; encode the visuals of this prompt"
             )
-        embeds_SD = self._embed(prepared.input_ids)
+        embeds_SD = self._embed(prepared.table_ids)
         row = 0
         for run in prepared.runs:
             assert features_RD is not None
@@ -109,9 +111,29 @@ class Model(OpenedPackage):
         """An empty cache for `max_length` tokens."""
         return self.decoder.new_cache(max_length)
 
-    def prefill(self, embeds_SD: Array, position_ids: Array, cache: Cache, *, all_logits: bool = False) -> Array:
-        """Adds S tokens to the cache. Returns float32 logits [1, V] of the last, or [S, V]."""
-        return self.decoder.prefill(embeds_SD, position_ids, cache, all_logits=all_logits)
+    def prefill(
+        self,
+        embeds_SD: Array,
+        position_ids: Array,
+        cache: Cache,
+        *,
+        visual_S: Array | None = None,
+        all_logits: bool = False,
+    ) -> Array:
+        """Adds S tokens to the cache. Returns float32 logits [1, V] of the last, or [S, V]. See Decoder.prefill."""
+        return self.decoder.prefill(embeds_SD, position_ids, cache, visual_S=visual_S, all_logits=all_logits)
+
+    def prefill_prepared(
+        self, prepared: Prepared, embeds_SD: Array, cache: Cache, *, all_logits: bool = False
+    ) -> Array:
+        """The same for a prompt and its embeddings: of the tokens that the decoder sees, by their modality."""
+        return self.prefill(
+            prepared.seen(embeds_SD),
+            prepared.seen_positions,
+            cache,
+            visual_S=prepared.seen(prepared.visual_tokens),
+            all_logits=all_logits,
+        )
 
     def step(self, token_id: int, cache: Cache, rope_delta: int = 0) -> Array:
         """Adds one generated token to the cache. Returns float32 logits [V]."""
@@ -124,7 +146,7 @@ class Model(OpenedPackage):
         seen = self.features(prepared)
         embeds_SD = self.embed(prepared, seen.features if seen else None)
         cache = self.new_cache(plan_cache_length(self.cache_spec, len(embeds_SD), 0, self.options.cache_length))
-        return self.prefill(prepared.seen(embeds_SD), prepared.seen_positions, cache, all_logits=True)
+        return self.prefill_prepared(prepared, embeds_SD, cache, all_logits=True)
 
     # All of them together.
 
@@ -222,7 +244,7 @@ class Model(OpenedPackage):
 
     def stream_prepared(self, prepared: Prepared, options: GenerationOptions) -> GenerationStream:
         """The same for a prompt that is prepared already."""
-        num_tokens = len(prepared.input_ids)
+        num_tokens = prepared.num_seen
         length = plan_cache_length(self.cache_spec, num_tokens, options.max_new_tokens, self.options.cache_length)
         # The last token is never put through the decoder, so it needs no room.
         options = replace(options, max_new_tokens=min(options.max_new_tokens, length - num_tokens + 1))
@@ -235,21 +257,21 @@ class Model(OpenedPackage):
             started = time.perf_counter()
             caches.append(decoder.new_cache(length))
             embeds_SD = self.embed(prepared, seen.features if seen else None)
-            logits_V = self.prefill(prepared.seen(embeds_SD), prepared.seen_positions, caches[0])[0]
+            logits_V = self.prefill_prepared(prepared, embeds_SD, caches[0])[0]
             spent = seen.timings if seen else Timings()
             timings = replace(
                 prepared.timings,
                 vision=spent.vision,
                 projector=spent.projector,
                 prefill=time.perf_counter() - started,
-                num_prompt_tokens=num_tokens,
+                num_prompt_tokens=len(prepared.input_ids),
             )
             return logits_V, timings
 
         def step(token_id: int) -> Array:
             return self.step(token_id, caches[0], prepared.rope_delta)
 
-        penalised = prepared.input_ids.tolist() if self._generation.penalty_sees_prompt else ()
+        penalised = prepared.table_ids.tolist() if self._generation.penalty_sees_prompt else ()
         sampler = Sampler(options.sampling, penalised)
         text_stream = TextStream(self.builder.tokenizer, options.stop)
         eos = self._generation.eos_token_ids
@@ -270,6 +292,14 @@ class Model(OpenedPackage):
         grids = [item.grid for item in patches]
         found = vision_inputs(spec, grids, spec.projector_inputs if projector else spec.inputs)
         return kept_inputs(found, grids, [item.kept for item in patches])
+
+    def _embed_patches(self, patches: Sequence[Patches]) -> VisionOutput:
+        """`encode_vision` where patches become rows at once."""
+        feeds = {"pixel_values": np.concatenate([item.pixel_values for item in patches])}
+        started = time.perf_counter()
+        feeds |= self._index_inputs(patches)
+        found = self.session("patch_embed").run(feeds, ["image_features"], release_memory=True)["image_features"]
+        return VisionOutput(None, found.astype(np.float32, copy=False), Timings(vision=time.perf_counter() - started))
 
     def _embed(self, input_ids: Array) -> Array:
         embeds = self.session("embed_tokens").run({"input_ids": input_ids[None]}, ["inputs_embeds"])["inputs_embeds"]

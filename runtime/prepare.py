@@ -43,6 +43,27 @@ class Prepared:
     visible: Array | None = None  # bool [S]: which tokens the decoder sees; None: all
 
     @property
+    def num_seen(self) -> int:
+        """How many tokens the decoder sees."""
+        return len(self.input_ids) if self.visible is None else int(self.visible.sum())
+
+    @property
+    def table_ids(self) -> Array:
+        """The ids that the embedding table has, int64 [S]: 0 for placeholders that are no tokens.
+
+        So does LLaVA's code, and a repetition penalty then counts id 0. What is embedded there is replaced.
+        """
+        return np.maximum(self.input_ids, 0)
+
+    @property
+    def visual_tokens(self) -> Array:
+        """Which tokens are rows of an image or clip, bool [S]."""
+        found = np.zeros(len(self.input_ids), bool)
+        for run in self.runs:
+            found[run.start : run.start + run.length] = True
+        return found
+
+    @property
     def seen_positions(self) -> Array:
         """Positions of the tokens that the decoder sees, int64 [3, S] or [S]."""
         return self.position_ids if self.visible is None else self.position_ids[..., self.visible]
@@ -121,7 +142,9 @@ def _place(
     if hidden.any():
         return _place_around(hidden, Prepared(text, ids, tuple(visuals), tuple(runs), ids, 0, Timings()))
     place = positions(manifest.positions, len(ids), runs)
-    return Prepared(text, ids, tuple(visuals), tuple(runs), place.position_ids, place.rope_delta, Timings())
+    limit = None if manifest.prompt is None or not runs else manifest.prompt.max_tokens
+    visible = None if limit is None or len(ids) <= limit else np.arange(len(ids)) < limit
+    return Prepared(text, ids, tuple(visuals), tuple(runs), place.position_ids, place.rope_delta, Timings(), visible)
 
 
 def _place_around(hidden: Array, prepared: Prepared) -> Prepared:

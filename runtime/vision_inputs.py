@@ -23,6 +23,7 @@ __all__ = [
     "bucketed_positions",
     "cu_seqlens",
     "cu_window_seqlens",
+    "image_rows",
     "num_rows",
     "patch_fractions",
     "patch_fractions_by_longest",
@@ -44,12 +45,13 @@ def vision_inputs(
         "patch_fractions": patch_fractions,
         "patch_fractions_by_longest": patch_fractions_by_longest,
         "cu_seqlens": cu_seqlens,
+        "image_rows": image_rows,
         "window_index": window_index,
         "cu_window_seqlens": cu_window_seqlens,
-    }
-    names = spec.inputs if names is None else names
         "frame_windows": frame_windows,
         "frame_shares": frame_shares,
+    }
+    names = spec.inputs if names is None else names
     unknown = sorted(set(names) - set(known))
     if unknown:
         raise PackageError(f"vlmport.json: vision.inputs: {unknown[0]!r} is not one of {', '.join(known)}")
@@ -58,11 +60,25 @@ def vision_inputs(
 
 def num_rows(spec: VisionSpec, grid: Grid) -> int:
     """Rows that replace placeholders of one image or clip, and so its tokens in a prompt."""
-    t, h, w = grid
-    merge = spec.merge_size
     if spec.connector is not None:
         return num_connector_rows(spec, grid)
+    t, h, w = grid
+    merge = spec.merge_size
     return t * (spec.first_rows + h // merge * (w // merge + spec.row_ends))
+
+
+def image_rows(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:
+    """What each row of each image is, int64 [rows]: 0 in front of it, 1 at the end of a row, 2 + n the n-th block."""
+    pieces: list[NDArray[np.int64]] = []
+    done = 0
+    for t, h, w in grids:
+        frame = (h // spec.merge_size, w // spec.merge_size)
+        blocks = done + np.arange(t * frame[0] * frame[1]).reshape(t, *frame)
+        ended = np.concatenate([2 + blocks, np.ones((t, frame[0], spec.row_ends), np.int64)], axis=2)
+        begun = np.concatenate([np.zeros((t, spec.first_rows), np.int64), ended.reshape(t, -1)], axis=1)
+        pieces.append(begun.reshape(-1))
+        done += blocks.size
+    return np.concatenate(pieces)
 
 
 def patch_positions(spec: VisionSpec, grids: Sequence[Grid]) -> NDArray[np.int64]:

@@ -123,6 +123,14 @@ SIZES = (
 )
 
 
+def routing(sizes: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Every third token is visual, but the first and so a single one."""
+    places = np.arange(sizes["batch_size"] * sizes["sequence_length"])
+    text, visual = places[places % 3 != 2], places[places % 3 == 2]
+    order = np.argsort(np.concatenate([text, visual])).reshape(sizes["batch_size"], -1)
+    return {"text_rows": text, "visual_rows": visual, "row_places": order}
+
+
 def example(name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str, Any]) -> np.ndarray:
     """A sound value of a named input; index inputs are those of the sizes' grids, one window an image."""
     areas = [h * w for h, w in sizes["grids"]]
@@ -135,6 +143,8 @@ def example(name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str
         "window_index": generator.permutation(blocks) if len(areas) == 1 else np.arange(blocks),
         "patch_positions": generator.integers(0, 6, (bounds[-1], 2)),
         "num_logits_to_keep": np.array([sizes["num_logits"]]),
+        "image_rows": generator.integers(0, 2 + blocks, 7),
+        **routing(sizes),
     }
     if name in known:
         return known[name]

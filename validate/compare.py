@@ -155,8 +155,8 @@ def stage_columns(variant: Variant) -> dict[str, str]:
     """Kind of stage -> column of the gate table, from the graphs that the stage has gone through."""
     labels = {role: graph.precision for role, graph in variant.graphs.items()}
     tower = [labels[role] for role in ("vision_encoder",) if role in labels]
-    features = [labels[role] for role in ("vision_encoder", "projector") if role in labels]
-    embedded = [labels[role] for role in ("vision_encoder", "projector", "embed_tokens") if role in labels]
+    features = [labels[role] for role in ("vision_encoder", "projector", "patch_embed") if role in labels]
+    embedded = [*features, *(labels[role] for role in ("embed_tokens",) if role in labels)]
     everything = column_of(labels.values())
     columns = dict.fromkeys(
         ("past", "prompt", "prefill", "argmax", "decode", "cache", "classes", "generation", "task"), everything

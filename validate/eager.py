@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..export.checkpoint import Checkpoint, CheckpointSource, resolve
-from ..export.family import FamilySpec, RoleSpec
+from ..export.family import FamilySpec, RoleSpec, roles_of
 from ..runtime.errors import CheckpointError
 from ..runtime.image import Patches
 from ..runtime.manifest import VisionSpec
 from ..runtime.prepare import Prepared
+from ..runtime.routing import routing_inputs
 from ..runtime.vision_inputs import vision_inputs
 
 __all__ = ["EagerReference", "eager_modules"]
@@ -28,7 +29,7 @@ _CHUNK_BYTES = 64 << 20  # float32 bytes that are read at once; a system reads n
 
 def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch.nn.Module]:
     """The modules of each role with the checkpoint's weights, float32. Raises CheckpointError as an export does."""
-    roles = family.roles(checkpoint.config)
+    roles = roles_of(family, checkpoint.config, checkpoint.documents)
     modules = {name: role.build().eval() for name, role in roles.items()}
     parameters = {
         f"{name}/{parameter}": values
@@ -59,7 +60,7 @@ class EagerReference:
 
     def __init__(self, checkpoint: Checkpoint, family: FamilySpec) -> None:
         """Raises CheckpointError for what does not fit, or where the family generates no text."""
-        self._roles: Mapping[str, RoleSpec] = family.roles(checkpoint.config)
+        self._roles: Mapping[str, RoleSpec] = roles_of(family, checkpoint.config, checkpoint.documents)
         if "decoder" not in self._roles:
             raise CheckpointError(f"{checkpoint.path}: family {family.name} has no decoder, so there are no answers")
         self._vision = family.manifest(checkpoint.config, checkpoint.documents).vision
@@ -72,10 +73,12 @@ class EagerReference:
         del images
 
     @torch.inference_mode()
-    def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
+    def vision(self, patches: Sequence[Patches]) -> tuple[Array | None, Array]:
         """Encoder output [P, C], and the rows that replace placeholders [R, D], of all visuals in one call."""
         pixels = torch.from_numpy(np.concatenate([item.pixel_values for item in patches]))
         grids = [item.grid for item in patches]
+        if "patch_embed" in self._modules:
+            return None, self._run("patch_embed", {"pixel_values": pixels}, grids).numpy()
         hidden = self._run("vision_encoder", {"pixel_values": pixels}, grids)
         if "projector" not in self._modules:
             return hidden.numpy(), hidden.numpy()
@@ -84,7 +87,7 @@ class EagerReference:
     @torch.inference_mode()
     def prefill(self, prepared: Prepared) -> tuple[Array, Array, None]:
         """Starts a prompt: logits of the tokens that the decoder sees, inputs_embeds [S, D]. Positions are as given."""
-        ids = torch.from_numpy(np.asarray(prepared.input_ids, np.int64))[None]
+        ids = torch.from_numpy(np.asarray(prepared.table_ids, np.int64))[None]
         embeds = self._modules["embed_tokens"](ids)[0].numpy().copy()
         if prepared.visuals:
             rows = iter(self.vision(prepared.visuals)[1])
@@ -94,7 +97,8 @@ class EagerReference:
         ports = [port for port in self._roles["decoder"].inputs if port.name.startswith("past_key_values.")]
         self._cache = [torch.zeros(1, int(port.shape[1]), 0, int(port.shape[3])) for port in ports]
         self._rope_delta = prepared.rope_delta
-        logits = self._decode(prepared.seen(embeds), prepared.seen_positions)
+        visual = prepared.seen(prepared.visual_tokens)
+        logits = self._decode(prepared.seen(embeds), prepared.seen_positions, visual)
         return logits, embeds, None
 
     @torch.inference_mode()
@@ -103,7 +107,7 @@ class EagerReference:
         embeds = self._modules["embed_tokens"](torch.tensor([[token_id]]))[0].numpy()
         axes = self._roles["decoder"].inputs[2].shape[:-2]
         place = self._cache[0].shape[2] + self._rope_delta
-        return self._decode(embeds, np.full((*map(int, axes), 1), place, np.int64))[-1]
+        return self._decode(embeds, np.full((*map(int, axes), 1), place, np.int64), np.zeros(1, bool))[-1]
 
     def _run(self, role: str, known: Mapping[str, torch.Tensor], grids: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         """A role of the vision side; inputs that are not known are index inputs of the grids."""
@@ -113,14 +117,17 @@ class EagerReference:
         indices = {name: torch.from_numpy(array) for name, array in vision_inputs(spec, grids, missing).items()}
         return self._modules[role](*({**known, **indices}[name] for name in names))
 
-    def _decode(self, embeds_SD: Array, positions: Array) -> Array:
-        """Adds rows to the cache; logits of all of them, float32 [S, V]."""
+    def _decode(self, embeds_SD: Array, positions: Array, visual_S: Array) -> Array:
+        """Adds rows to the cache; logits of all of them, float32 [S, V]. Which are visual matters to some decoders."""
         total = self._cache[0].shape[2] + len(embeds_SD)
+        names = {port.name for port in self._roles["decoder"].inputs}
+        routing = {name: array for name, array in routing_inputs(visual_S).items() if name in names}
         logits, *self._cache = self._modules["decoder"](
             torch.from_numpy(embeds_SD)[None],
             torch.ones(1, total, dtype=torch.int64),
             torch.from_numpy(np.ascontiguousarray(positions)).unsqueeze(-2),
             torch.tensor([0]),
+            *(torch.from_numpy(routing[name]) for name in routing),
             self._cache,
         )
         return logits[0].numpy()

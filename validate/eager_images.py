@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ..export.checkpoint import Checkpoint
-from ..export.family import FamilySpec
+from ..export.family import FamilySpec, roles_of
 from ..runtime.errors import CheckpointError
 from ..runtime.image import Patches
 from ..runtime.token_drop import kept_inputs
@@ -22,7 +22,7 @@ class EagerImages:
 
     def __init__(self, checkpoint: Checkpoint, family: FamilySpec) -> None:
         """Raises CheckpointError for what does not fit, or where the family makes no vectors of images."""
-        self._roles = family.roles(checkpoint.config)
+        self._roles = roles_of(family, checkpoint.config, checkpoint.documents)
         vision = family.manifest(checkpoint.config, checkpoint.documents).vision
         if "decoder" in self._roles or "projector" not in self._roles or vision is None:
             raise CheckpointError(f"{checkpoint.path}: family {family.name} makes no vectors of images by themselves")

@@ -19,7 +19,7 @@ from ..runtime.model import Model
 from ..runtime.positions import VIDEO_RULES
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
-from .candidate import Key, candidate_stages, visible_tokens
+from .candidate import Key, candidate_stages, upstream_ids, visible_tokens
 from .compare import (
     Choices,
     Comparison,
@@ -66,7 +66,7 @@ class _Run:
     """What the variant made of one case."""
 
     stages: Mapping[Key, Array]
-    input_ids: Array
+    input_ids: Array  # as upstream's generate gets them
     generated_ids: tuple[int, ...]
     visible: Array  # bool, one a token of input_ids
 
@@ -127,7 +127,7 @@ def _run(
     except VlmportError as error:
         records.append(Comparison(sample, "request", "exact", num_values=1, num_different=1, note=str(error)))
         return None
-    return _Run(candidate_stages(model, prepared, stages), prepared.input_ids, ids, visible_tokens(prepared))
+    return _Run(candidate_stages(model, prepared, stages), upstream_ids(prepared), ids, visible_tokens(prepared))
 
 
 def _generate(model: Model, prepared: Prepared, setting: Generating) -> tuple[int, ...]:

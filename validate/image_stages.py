@@ -30,4 +30,5 @@ def run_images(model: Model, patches: Sequence[Patches]) -> ImageStages:
     """All stages of a variant, by one packed call."""
     seen = model.encode_vision(patches)
     logits = model.classify(seen.features) if "classifier" in model.manifest.roles else None
+    assert seen.vision is not None, "who sees images alone has a vision encoder"
     return ImageStages(seen.vision, seen.features, logits)

@@ -19,6 +19,7 @@ from ..runtime.model import Model
 from ..runtime.opened import LoadOptions
 from ..runtime.package import Package
 from ..runtime.prepare import Prepared
+from ..runtime.routing import routing_inputs
 from ..runtime.session import GraphSession, require_onnxruntime
 
 __all__ = ["PIECE_BYTES", "PiecedGraph", "PiecedModel", "logits_in_pieces"]
@@ -69,7 +70,10 @@ def logits_in_pieces(model: PiecedModel, prepared: Prepared, embeds_SD: Array, i
         "position_ids": np.expand_dims(positions, -2),  # [3, 1, S] or [1, S]
         "num_logits_to_keep": np.array([1 + len(ids)], np.int64),
     }
-    return model.session("decoder").run(feeds, ["logits"])["logits"][0].astype(np.float32, copy=False)
+    session = model.session("decoder")
+    visual = np.append(prepared.seen(prepared.visual_tokens), np.zeros(len(ids), bool))
+    feeds |= {name: array for name, array in routing_inputs(visual).items() if name in session.inputs}
+    return session.run(feeds, ["logits"])["logits"][0].astype(np.float32, copy=False)
 
 
 class PiecedGraph:

@@ -248,7 +248,7 @@ def _compute(
             ids = model.stream_prepared(prepared, options).finish().token_ids
         stages = run_stages(model, prepared, ids)
     visual = None
-    if stages.vision is not None and stages.features is not None:
+    if stages.features is not None:
         visual = VisionOutput(stages.vision, stages.features, Timings())
     return _arrays(prepared, visual, stages.inputs_embeds, stages.step_logits), ids
 
@@ -262,7 +262,7 @@ def _arrays(prepared: Prepared, visual: VisionOutput | None, embeds: Array, logi
     }
     if visual is not None:
         arrays["pixel_values"] = np.concatenate([patches.pixel_values for patches in prepared.visuals])
-        arrays |= {"vision": visual.vision, "projector": visual.features}
+        arrays |= {"projector": visual.features} | ({} if visual.vision is None else {"vision": visual.vision})
     return arrays
 
 

@@ -24,7 +24,7 @@ Array = NDArray[Any]
 class Stages:
     """Outputs of the graphs for one prompt, float32. Visual rows are in the order of the prompt's placeholders."""
 
-    vision: Array | None  # [P, C], natural patch order; None: text only
+    vision: Array | None  # [P, C], natural patch order; None: text only, or no vision encoder
     features: Array | None  # [R, D]
     inputs_embeds: Array  # [S, D]
     prefill_logits: Array  # [T, V]
@@ -39,7 +39,7 @@ def run_stages(model: Model, prepared: Prepared, forced_ids: Sequence[int] = ())
     features = None if visual is None else visual.features
     embeds = model.embed(prepared, features)
     cache = model.new_cache(len(prepared.input_ids) + len(forced_ids) + 1)
-    prefill_logits = model.prefill(prepared.seen(embeds), prepared.seen_positions, cache, all_logits=True)
+    prefill_logits = model.prefill_prepared(prepared, embeds, cache, all_logits=True)
     layers = range(0 if model.manifest.cache is None else model.manifest.cache.num_layers)
     keys = tuple(_float32(cache.keys(layer)) for layer in layers)
     values = tuple(_float32(cache.values(layer)) for layer in layers)
@@ -66,7 +66,9 @@ def logits_without_cache(model: Model, prepared: Prepared, embeds: Array, forced
         embeds = np.concatenate([embeds, more.astype(np.float32)])
         steps = np.arange(length, length + count) + prepared.rope_delta
         positions = np.concatenate([positions, np.broadcast_to(steps, (*positions.shape[:-1], count))], axis=-1)
-    logits = model.prefill(embeds, positions, model.new_cache(length + count + 1), all_logits=True)
+    visual = np.append(prepared.seen(prepared.visual_tokens), np.zeros(count, bool))
+    cache = model.new_cache(length + count + 1)
+    logits = model.prefill(embeds, positions, cache, visual_S=visual, all_logits=True)
     return logits[length - 1 :]
 
 
