@@ -7,11 +7,13 @@ import ctypes
 import mmap
 import re
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["drop_file_pages", "join_pages"]
+__all__ = ["file_pages_dropped", "join_pages"]
 
 _DONTNEED = 4
 _COLLAPSE = 25  # Linux 6.1
@@ -19,6 +21,7 @@ _LARGE = 2 << 20  # bytes of a large page on x86 and most of ARM; others decline
 _PIECE = 32 << 20
 _WORTHWHILE = 8 << 20
 _FULL = 0.95
+_dropping = threading.Lock()
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)")
 
 
@@ -33,15 +36,20 @@ class _Mapping:
     anonymous: int  # of these, bytes that belong to no file (any more)
 
 
-def drop_file_pages(file: Path) -> None:
-    """Takes the pages of a mapped file out of the process; they stay in the system's cache and come back when read.
+@contextmanager
+def file_pages_dropped(file: Path) -> Generator[None]:
+    """Takes the pages of a file that the block maps out of the process; they come back from the system's cache.
 
     What loading has only looked at does not count as memory of the process then. Mappings that were written to are
-    left alone: dropping would undo that.
+    left alone: dropping would undo that. So are older ones: another thread may let go of one at any time, and what it
+    maps to the same place next would be lost. For that reason one block of a process runs after the other.
     """
-    for mapping in _mappings():
-        if mapping.name == str(file) and mapping.anonymous == 0:
-            _advise(mapping.start, mapping.stop, _DONTNEED)
+    with _dropping:
+        before = {mapping.start for mapping in _mappings() if mapping.name == str(file)}
+        yield
+        for mapping in _mappings():
+            if mapping.name == str(file) and mapping.anonymous == 0 and mapping.start not in before:
+                _advise(mapping.start, mapping.stop, _DONTNEED)
 
 
 def join_pages() -> None:

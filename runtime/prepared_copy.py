@@ -26,7 +26,7 @@ from .disk import locked, sync
 from .errors import CapacityError, InputError, PackageError
 from .manifest import FileEntry
 from .package import Package, file_entry
-from .pages import drop_file_pages, join_pages
+from .pages import file_pages_dropped, join_pages
 from .schema import SchemaError, from_json, to_json
 from .session import GraphSession, require_onnxruntime, save_prepared
 
@@ -132,9 +132,8 @@ def open_graph(package: Package, role: str, variant: str, opener: Callable[[Path
     copy = find_prepared(package, role, variant)
     if copy is not None:
         try:
-            session = opener(copy)
-            drop_file_pages((copy.parent / _DATA).resolve())
-            return session
+            with file_pages_dropped((copy.parent / _DATA).resolve()):
+                return opener(copy)
         except PackageError as error:
             _log.warning("%s; took the package itself, `vlmport prepare` mends the copy", error)
     session = opener(package.graph_path(role, variant))

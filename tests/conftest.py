@@ -3,7 +3,7 @@ first."""
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,14 @@ def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all workers of a run have in common."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(shared_folder: Path) -> Iterator[None]:
+    """Prepared copies that whoever runs the tests may have are of no matter here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLMPORT_CACHE", str(shared_folder / "prepared"))
+        yield
 
 
 @pytest.fixture(scope="session")

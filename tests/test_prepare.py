@@ -218,13 +218,17 @@ def test_pages_change_no_value(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     values = np.arange(6 << 20, dtype=np.int32)
     values.tofile(file)
-    mapped, changed = np.memmap(file, np.int32, "c"), np.memmap(file, np.int32, "c")
-    assert int(mapped.sum()) == int(values.sum())
-    changed[5] = -1
+    older = np.memmap(file, np.int32, "c")
+    assert int(older.sum()) == int(values.sum())
     before = resident(file)
-    pages.drop_file_pages(file)
-    if before:  # Linux
-        assert resident(file) <= before / 2
+    with pages.file_pages_dropped(file):
+        mapped, changed = np.memmap(file, np.int32, "c"), np.memmap(file, np.int32, "c")
+        assert int(mapped.sum()) == int(values.sum())
+        changed[5] = -1
+        if before:  # Linux
+            assert resident(file) >= 2 * before
+    if before:
+        assert before <= resident(file) <= 1.1 * before  # another thread may let go of the older one at any time
     pages.join_pages()
     np.testing.assert_array_equal(mapped, values)
     np.testing.assert_array_equal(values, np.arange(6 << 20, dtype=np.int32))
