@@ -10,9 +10,16 @@ from torch import nn
 
 from .family import Port, RoleSpec, TensorRef
 from .image_processor import PatchGeometry
-from .layers import CausalDecoder, DecoderConfig, TokenEmbedding
+from .layers import CausalDecoder, DecoderConfig, PatchMerger, RMSNorm, TokenEmbedding
 
-__all__ = ["decoder_role", "embedding_role", "language_roles", "packed_vision_role", "projector_role"]
+__all__ = [
+    "decoder_role",
+    "embedding_role",
+    "language_roles",
+    "merged_vision_roles",
+    "packed_vision_role",
+    "projector_role",
+]
 
 TensorRule = Callable[[str, tuple[int, ...]], TensorRef]
 # What runtime/vision_inputs.py makes from grids, by the same names.
@@ -58,6 +65,29 @@ def projector_role(build: Callable[[], nn.Module], width: int, out_width: int, p
         outputs=(Port("image_features", "float32", ("num_merge_blocks", out_width)),),
         tensor=lambda parameter, shape: TensorRef(f"{prefix}{parameter}", shape),
     )
+
+
+def merged_vision_roles(
+    encoder: Callable[[], nn.Module],
+    norm: Callable[[], RMSNorm | nn.LayerNorm],
+    geometry: PatchGeometry,
+    widths: tuple[int, int],
+    index_inputs: Sequence[str],
+    *,
+    tower: str,
+    merger: str,
+) -> dict[str, RoleSpec]:
+    """A packed vision_encoder, and as projector a PatchMerger behind `norm`.
+
+    widths: of the tower and of what the merger gives. tower, merger: what names of their tensors begin with.
+    """
+    width, out_width = widths
+    return {
+        "vision_encoder": packed_vision_role(encoder, geometry, width, index_inputs, tower),
+        "projector": projector_role(
+            lambda: PatchMerger(norm(), width, geometry.block, out_width), width, out_width, merger
+        ),
+    }
 
 
 def language_roles(

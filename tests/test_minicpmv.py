@@ -14,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 from vlmport.export.build import export_checkpoint
 from vlmport.export.checkpoint import Checkpoint
-from vlmport.export.families.minicpmv import FAMILY, Resampler, position_waves, resampler_config
+from vlmport.export.families._minicpmv_modules import Resampler, position_waves
+from vlmport.export.families.minicpmv import FAMILY, resampler_config
 from vlmport.quant.recipe import load_recipe
 from vlmport.runtime import InputError, Model
 from vlmport.runtime.errors import CheckpointError

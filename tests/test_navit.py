@@ -17,7 +17,8 @@ from test_configs import edited
 from vlmport.cli.main import main
 from vlmport.export.build import export_checkpoint
 from vlmport.export.checkpoint import Checkpoint
-from vlmport.export.families.navit import FAMILY, PositionTable
+from vlmport.export.families._navit_modules import PositionTable
+from vlmport.export.families.navit import FAMILY
 from vlmport.quant.recipe import load_recipe
 from vlmport.runtime import load
 from vlmport.runtime.errors import CapacityError, CheckpointError

@@ -10,19 +10,17 @@ Dims: C tower width, D decoder width, V vocabulary, F inner width.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from ...runtime.errors import CheckpointError
 from ...runtime.manifest import CacheSpec, GenerationDefaults, PositionSpec, PromptSpec, VisionSpec
 from ..documents import token_id
 from ..family import FamilySpec, Json, ManifestParts, RoleSpec, RowBlocks, TensorRef
 from ..fields import read_field, read_size
 from ..image_processor import image_processor, smart_resize_spec
-from ..layers import DecoderConfig, PatchMerger, frequencies
-from ..roles import decoder_role, embedding_role, language_roles, packed_vision_role, projector_role
+from ..layers import DecoderConfig, frequencies
+from ..roles import decoder_role, embedding_role, language_roles
 from ..text_config import check_activation, read_decoder
 from .qwen2_5_vl import PROTECTED
-from .qwen2_vl import INDEX_INPUTS, VISION_EPS, VisionConfig, VisionEncoder
+from .qwen2_vl import INDEX_INPUTS, VisionConfig, vision_roles
 from .qwen2_vl import vision_config as tower_config
 
 __all__ = ["FAMILY", "TEMPLATE"]
@@ -142,20 +140,8 @@ def vision_config(config: Json) -> VisionConfig:
 
 
 def roles(config: Json) -> dict[str, RoleSpec]:
-    vision = vision_config(config)
-    width, geometry = vision.width, vision.geometry
-    return {
-        "vision_encoder": packed_vision_role(
-            lambda: VisionEncoder(vision), geometry, width, INDEX_INPUTS, "vision_encoder."
-        ),
-        "projector": projector_role(
-            lambda: PatchMerger(nn.LayerNorm(width, VISION_EPS), width, geometry.block, vision.out_width),
-            width,
-            vision.out_width,
-            "vision_projector.",
-        ),
-        **layout(config).text_roles(config),
-    }
+    vision = vision_roles(vision_config(config), tower="vision_encoder.", merger="vision_projector.")
+    return {**vision, **layout(config).text_roles(config)}
 
 
 def plain_text_roles(config: Json) -> dict[str, RoleSpec]:

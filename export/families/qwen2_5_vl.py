@@ -30,13 +30,12 @@ from ..layers import (
     PackedAttention,
     PackedBlock,
     PatchEmbed,
-    PatchMerger,
     RMSNorm,
     axis_angles,
     frequencies,
     reorder_blocks,
 )
-from ..roles import language_roles, packed_vision_role, projector_role
+from ..roles import language_roles, merged_vision_roles
 from ..text_config import check_activation, eos_token_ids, is_tied, read_decoder, text_config
 
 __all__ = [
@@ -167,16 +166,15 @@ class VisionEncoder(nn.Module):
 
 def roles(config: Json) -> dict[str, RoleSpec]:
     vision = vision_config(config)
-    width, geometry = vision.width, vision.geometry
     return {
-        "vision_encoder": packed_vision_role(
-            lambda: VisionEncoder(vision), geometry, width, INDEX_INPUTS, "model.visual."
-        ),
-        "projector": projector_role(
-            lambda: PatchMerger(RMSNorm(width, VISION_EPS), width, geometry.block, vision.out_width),
-            width,
-            vision.out_width,
-            "model.visual.merger.",
+        **merged_vision_roles(
+            lambda: VisionEncoder(vision),
+            lambda: RMSNorm(vision.width, VISION_EPS),
+            vision.geometry,
+            (vision.width, vision.out_width),
+            INDEX_INPUTS,
+            tower="model.visual.",
+            merger="model.visual.merger.",
         ),
         **text_roles(config),
     }

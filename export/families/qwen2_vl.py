@@ -14,12 +14,12 @@ from torch import nn
 from ..family import FamilySpec, Json, ManifestParts, RoleSpec
 from ..fields import read_field, read_size
 from ..image_processor import PatchGeometry
-from ..layers import BlockRunner, Linear, PackedAttention, PackedBlock, PatchEmbed, PatchMerger, axis_angles, quick_gelu
-from ..roles import packed_vision_role, projector_role
+from ..layers import BlockRunner, Linear, PackedAttention, PackedBlock, PatchEmbed, axis_angles, quick_gelu
+from ..roles import merged_vision_roles
 from ..text_config import check_activation
 from .qwen2_5_vl import manifest_parts, normalise, patch_geometry, text_roles, unused, vision_frequencies
 
-__all__ = ["FAMILY", "INDEX_INPUTS", "VISION_EPS", "VisionConfig", "VisionEncoder", "vision_config"]
+__all__ = ["FAMILY", "INDEX_INPUTS", "VisionConfig", "vision_config", "vision_roles"]
 
 MODEL_TYPE = "qwen2_vl"
 INDEX_INPUTS = ("patch_positions", "cu_seqlens")
@@ -97,20 +97,22 @@ class VisionEncoder(nn.Module):
 
 
 def roles(config: Json) -> dict[str, RoleSpec]:
-    vision = vision_config(config)
-    width, geometry = vision.width, vision.geometry
-    return {
-        "vision_encoder": packed_vision_role(
-            lambda: VisionEncoder(vision), geometry, width, INDEX_INPUTS, "model.visual."
-        ),
-        "projector": projector_role(
-            lambda: PatchMerger(nn.LayerNorm(width, VISION_EPS), width, geometry.block, vision.out_width),
-            width,
-            vision.out_width,
-            "model.visual.merger.",
-        ),
-        **text_roles(config),
-    }
+    return {**vision_roles(vision_config(config)), **text_roles(config)}
+
+
+def vision_roles(
+    vision: VisionConfig, *, tower: str = "model.visual.", merger: str = "model.visual.merger."
+) -> dict[str, RoleSpec]:
+    """vision_encoder and projector; tower, merger: what names of their tensors begin with."""
+    return merged_vision_roles(
+        lambda: VisionEncoder(vision),
+        lambda: nn.LayerNorm(vision.width, VISION_EPS),
+        vision.geometry,
+        (vision.width, vision.out_width),
+        INDEX_INPUTS,
+        tower=tower,
+        merger=merger,
+    )
 
 
 # Manifest
