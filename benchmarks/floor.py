@@ -3,6 +3,7 @@
 Each is done by itself, with nothing around it, and the three times are added.
 """
 
+import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from vlmport.quant.rtn import quantize_rows
 __all__ = ["Floor", "FloorTimes", "forget_cached"]
 
 _CHUNK = 4 << 20  # bytes
+_DIGESTED = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class FloorTimes:
     read: float
     quantize: float
     write: float
+    digest: float | None = None  # sha256 of checkpoint and package, on one core; not in the floor
 
     @property
     def total(self) -> float:
@@ -46,7 +49,7 @@ class Floor:
 
     def measure(self, recipe: str, package: Path) -> FloorTimes:
         """`package` is what was made by the recipe: as much is written as it has, into a folder beside it."""
-        return FloorTimes(self.read(), self.quantize(recipe), self.write(package))
+        return FloorTimes(self.read(), self.quantize(recipe), self.write(package), self.digest(package))
 
     def read(self) -> float:
         """Seconds for the weight files, in pieces of 4 MiB."""
@@ -93,6 +96,14 @@ class Floor:
             return time.perf_counter() - started
         finally:
             file.unlink(missing_ok=True)
+
+    def digest(self, package: Path) -> float:
+        """Seconds that one core needs for the sha256 of the checkpoint and of the package, by the rate of 256 MiB."""
+        files = [*self.checkpoint.files, *(file for file in package.rglob("*") if file.is_file())]
+        values = bytes(_DIGESTED)
+        started = time.perf_counter()
+        hashlib.sha256(values)
+        return (time.perf_counter() - started) / _DIGESTED * sum(file.stat().st_size for file in files)
 
     def _weights(self, recipe: str) -> list[tuple[tuple[int, int], WeightFormat]]:
         """Rows and columns of each quantized tensor; one that two roles store alike counts once."""

@@ -13,6 +13,7 @@ import numpy as np
 from vlmport.cli.bench import drawn_image
 from vlmport.runtime.decoder import Decoder
 from vlmport.runtime.model import Model
+from vlmport.runtime.pages import join_pages
 from vlmport.runtime.session import GraphSession, open_session
 from vlmport.runtime.vision_inputs import vision_inputs
 
@@ -51,6 +52,7 @@ class Profiler:
     def decoder(self, context: int, num_steps: int) -> tuple[list[OperatorTime], list[OperatorTime]]:
         """A prefill of `context` tokens, then decode steps on top of it."""
         session = self._open("decoder")
+        join_pages()  # as it is for who loads a package, a little later
         decoder = Decoder(session, self.model.cache_spec, chunk=context)
         cache = decoder.new_cache(2 * context + num_steps + 2)
         prepared = self.model.prepare_ids(np.random.default_rng(0).integers(256, 10_000, context))

@@ -51,7 +51,7 @@ class VariantReport:
     prefill: dict[str, float] = field(default_factory=dict[str, float])  # tokens a second by prompt length
     decode: tuple[Decode, ...] = ()
     peak_memory: int | None = None  # of the process that did all of the above but the large image
-    steady_memory: tuple[int, ...] = ()  # resident bytes after 50, 100, 150 and 200 decode steps
+    steady_memory: tuple[int, ...] = ()  # bytes but for mapped files, after 50, 100, 150 and 200 steps
     profile: dict[str, tuple[OperatorTime, ...]] = field(default_factory=dict[str, tuple[OperatorTime, ...]])
 
 
@@ -82,6 +82,10 @@ def rows(report: ShapeReport) -> list[tuple[str, ...]]:
     wanted: list[Row] = [
         ("export", lambda v: v.export and f"{v.export.seconds:.1f} s"),
         ("floor: read + quantize + write", lambda v: v.floor and _floor(v.floor)),
+        (
+            "sha256 of checkpoint and package, one core",
+            lambda v: v.floor and v.floor.digest and f"{v.floor.digest:.1f} s",
+        ),
         ("export / floor", lambda v: v.export and v.floor and f"{v.export.seconds / v.floor.total:.2f}"),
         ("export, peak RSS of the process tree", lambda v: v.export and _gb(v.export.peak_tree)),
         ("export, bytes read", lambda v: v.export and _gb(v.export.bytes_read)),
@@ -105,7 +109,10 @@ def rows(report: ShapeReport) -> list[tuple[str, ...]]:
         *((f"bandwidth beside decode at {context}, GB/s", _decode_cell(context, "bandwidth")) for context in contexts),
         *((f"decode at {context}, share of the roof", _decode_cell(context, "share")) for context in contexts),
         ("peak RSS of the runtime", lambda v: v.peak_memory and _gb(v.peak_memory)),
-        ("RSS after 50 .. 200 decode steps", lambda v: " ".join(f"{b / 1e6:.0f}" for b in v.steady_memory) or None),
+        (
+            "MB of its own after 50 .. 200 decode steps",
+            lambda v: " ".join(f"{b / 1e6:.0f}" for b in v.steady_memory) or None,
+        ),
     ]
     cells = [(name, *(str(cell(v) or _MISSING) for v in variants)) for name, cell in wanted]
     return [row for row in cells if set(row[1:]) != {_MISSING}]

@@ -101,9 +101,10 @@ class Runtime:
         return time.perf_counter() - started
 
     def steady(self, num_steps: Sequence[int]) -> list[int]:
-        """Resident bytes after so many decode steps in all, at each count.
+        """Bytes of memory of its own after so many decode steps in all, at each count.
 
-        The cache is written once before, so that no step is the first to touch its memory.
+        The cache is written once before, so that no step is the first to touch its memory. Pages of mapped files do not
+        count: each new token maps some more of the embedding's table.
         """
         cache = self._cache = self.model.new_cache(max(num_steps))
         self.prefill(max(num_steps))
@@ -113,5 +114,5 @@ class Runtime:
         for count in num_steps:
             self.decode(count - done)
             done = count
-            found.append(Memory.of().resident)
+            found.append(Memory.of().anonymous)
         return found

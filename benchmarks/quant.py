@@ -1,0 +1,245 @@
+"""`python -m benchmarks.quant`: recipes and methods, and what others offer, by what they cost the answers.
+
+A row that was measured before is not measured again, as long as its graphs, the questions and the reference are the
+same: rows can be made a few at a time. Speeds are those of the answers and mean something on an idle box alone.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from vlmport.cli.bench import box
+from vlmport.cli.main import main as vlmport
+from vlmport.cli.progress import Progress
+from vlmport.runtime.errors import VlmportError
+from vlmport.runtime.package import Package, file_entry
+from vlmport.runtime.schema import from_json, to_json
+from vlmport.validate.reference import load_reference
+
+from .document import put_between
+from .quant_inputs import QuantInputs
+from .quant_measure import Reference, measure_torch, measure_variant, reference_runs, round_trip
+from .quant_peers import (
+    BASE,
+    add_decoder,
+    decoder_feeds,
+    float_decoder,
+    nncf_decoder,
+    onnxruntime_decoder,
+    save_bitsandbytes,
+)
+from .quant_plan import Group, QuantRow, load_plan
+from .quant_report import SCHEMA, QuantReport, RowReport, markdown, text
+
+__all__ = ["main"]
+
+_BASE_RECIPE = Path(__file__).with_name("recipes") / f"{BASE}.json"
+
+
+class RowError(Exception):
+    """A row that cannot be made, in one line."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run: what it reads, and one group of it at a time."""
+
+    inputs: QuantInputs
+    group: Group
+    progress: Progress
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.inputs.checkpoint(self.group.checkpoint)
+
+    @property
+    def package(self) -> Path:
+        return self.inputs.folder / "packages" / self.group.checkpoint
+
+    def open(self) -> Reference:
+        """The float package, and the answers of the checkpoint."""
+        if not self.package.exists():
+            _vlmport("export", str(self.checkpoint), "-o", str(self.package), "--recipe", "fp32")
+        digest = _digest(file_entry(self.checkpoint / "model.safetensors").sha256, _task_sha(self.inputs))
+        folder = self.inputs.folder / "references" / digest
+        return reference_runs(self.checkpoint, self.package, self.inputs.task(), folder, self.progress)
+
+    def row(self, row: QuantRow, reference: Reference) -> RowReport:
+        """Makes the variant and measures it; a row that cannot be made says why."""
+        try:
+            if row.maker == "bitsandbytes":
+                return self._torch(row, reference)
+            package, variant, seconds = self._imported() if row.maker == "imported" else self._variant(row)
+        except RowError as error:
+            return RowReport(row.name, self.group.name, error=str(error))
+        opened = Package.open(package)
+        graphs = opened.variant(variant).graphs.values()
+        shas = [opened.manifest.files[f"onnx/{file}"].sha256 for graph in graphs for file in graph.files]
+        file = self._cached(row, *shas)
+        if not file.exists():
+            quality = measure_variant(package, variant, reference, self.progress)
+            largest = None
+            if row.maker == "imported":
+                with Progress("round trip") as progress:
+                    largest = round_trip(package, variant, load_reference(self._bitsandbytes()), reference, progress)
+            _write(file, RowReport(row.name, self.group.name, opened.size(variant), seconds, quality, largest))
+        return _read(file)
+
+    def _variant(self, row: QuantRow) -> tuple[Path, str, float]:
+        """Package, variant and the seconds it took to make, which stand beside the package."""
+        name = _slug(row)
+        known = self.package.parent / f"{self.group.checkpoint}-variants.json"
+        made: dict[str, tuple[str, float]] = json.loads(known.read_text("utf-8")) if known.exists() else {}
+        if name not in made:
+            started = time.perf_counter()
+            variant = self._make(row)
+            made[name] = (variant, time.perf_counter() - started)
+            known.write_text(json.dumps(made), encoding="utf-8")
+        return self.package, *made[name]
+
+    def _make(self, row: QuantRow) -> str:
+        if row.maker == "vlmport":
+            arguments = ["--recipe", row.recipe, *row.options]
+            if row.method is not None:
+                arguments += ["--method", row.method]
+            if row.needs_data:
+                arguments += ["--calibration", str(self.inputs.calibration())]
+            before = set(Package.open(self.package).manifest.variants)
+            _vlmport("quantize", str(self.package), *arguments)
+            after = Package.open(self.package).manifest.variants
+            return next((name for name in after if name not in before), row.recipe)
+        _vlmport("quantize", str(self.package), "--recipe", str(_BASE_RECIPE))
+        model = float_decoder(self.package)
+        name = f"peer-{_slug(row)}"
+        try:
+            if row.maker == "onnxruntime":
+                assert row.method is not None, row.name
+                model = onnxruntime_decoder(model, row.method, row.bits)
+            else:
+                model = nncf_decoder(model, decoder_feeds(self.package, self.inputs.pairs()))
+        except ImportError as error:
+            raise RowError(f"{error.name} is not installed; pip install '.[peers]'") from error
+        add_decoder(self.package, name, model)
+        return name
+
+    def _bitsandbytes(self) -> Path:
+        folder = self.inputs.folder / "checkpoints" / f"{self.group.checkpoint}-nf4"
+        if not folder.exists():
+            save_bitsandbytes(self.checkpoint, folder)
+        return folder
+
+    def _imported(self) -> tuple[Path, str, float | None]:
+        package = self.package.with_name(f"{self.group.checkpoint}-nf4")
+        if not package.exists():
+            _vlmport("export", str(self._bitsandbytes()), "-o", str(package), "--recipe", "fp32")
+        return package, "fp32", None
+
+    def _torch(self, row: QuantRow, reference: Reference) -> RowReport:
+        weights = self._bitsandbytes() / "model.safetensors"
+        file = self._cached(row, file_entry(weights).sha256)
+        if not file.exists():
+            quality = measure_torch(load_reference(weights.parent), self.package, reference, self.progress)
+            _write(file, RowReport(row.name, self.group.name, weights.stat().st_size, None, quality))
+        return _read(file)
+
+    def _cached(self, row: QuantRow, *shas: str) -> Path:
+        own = file_entry(self.checkpoint / "model.safetensors").sha256
+        digest = _digest(row.name, self.group.name, own, _task_sha(self.inputs), *shas)
+        return self.inputs.folder / "rows" / f"{digest}.json"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(arguments)
+    try:
+        if args.command == "render":
+            report = from_json(QuantReport, json.loads(args.file.read_text(encoding="utf-8")))
+            put_between(args.into, "bench-quant", markdown(report))
+            return 0
+        report = _run(args)
+    except VlmportError as error:
+        print(f"bench-quant: error: {error}", file=sys.stderr)
+        return 2
+    file = args.folder / "bench-quant.json"
+    file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
+    print(f"{text(report)}\n\nalso in {file}; `python -m benchmarks.quant render {file} --into DOC` puts it into DOC")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quant", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="make and measure rows; writes DIR/bench-quant.json")
+    run.add_argument("--folder", metavar="DIR", type=Path, default=Path("build"), help="default: build")
+    run.add_argument("--num", metavar="N", type=int, default=300, help="held-out questions (default: 300)")
+    run.add_argument("--samples", metavar="N", type=int, default=128, help="calibration pairs (default: 128)")
+    run.add_argument("--rows", metavar="NAME", nargs="+", default=[], help="rows whose names begin so (default: all)")
+    run.add_argument("--groups", metavar="GROUP", nargs="+", default=[], help="demo, outliers, int2 (default: all)")
+    rendered = commands.add_parser(
+        "render", help="the tables as Markdown, between the marks <!-- bench-quant --> of DOC"
+    )
+    rendered.add_argument("file", metavar="FILE", type=Path)
+    rendered.add_argument("--into", metavar="DOC", type=Path, required=True)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> QuantReport:
+    plan = load_plan(tuple(args.rows), tuple(args.groups))
+    inputs = QuantInputs(args.folder / "bench-quant", args.num, args.samples)
+    rows: list[RowReport] = []
+    for group in plan.groups:
+        with Progress(f"bench-quant {group.name}") as progress:
+            bench = Bench(inputs, group, progress)
+            chosen = [row for row in plan.rows if group.name in row.groups]
+            reference = bench.open() if chosen else None
+            for row in chosen:
+                assert reference is not None
+                progress(0, 0, row.name)
+                rows.append(bench.row(row, reference))
+    return QuantReport(
+        SCHEMA, datetime.now(UTC).date().isoformat(), box(), args.num, args.samples, plan.groups, tuple(rows)
+    )
+
+
+def _vlmport(*arguments: str) -> None:
+    """A command of this project. Raises RowError with what it says where it fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = vlmport(arguments)
+    except SystemExit as error:  # of argparse
+        status = int(error.code or 0)
+    if status != 0:
+        raise RowError((said.getvalue().strip().splitlines() or [f"status {status}"])[-1])
+
+
+def _task_sha(inputs: QuantInputs) -> str:
+    return file_entry(inputs.task() / "task.json").sha256
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _slug(row: QuantRow) -> str:
+    return "".join(char if char.isalnum() else "-" for char in row.name.lower())
+
+
+def _write(file: Path, report: RowReport) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(to_json(report), indent=2) + "\n", encoding="utf-8")
+
+
+def _read(file: Path) -> RowReport:
+    return from_json(RowReport, json.loads(file.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
