@@ -36,10 +36,11 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from vlmport.validate.samples import draw_picture
 
 STEPS = 16
-CORPUS = (
+TEXT = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
     "and polite answers to the user's questions. USER: What is in the picture? ASSISTANT: Two red circles. How many?"
-).split(" ")
+)
+CORPUS = TEXT.split(" ")
 # As published with llava-1.5-7b-hf: images of a message come first, then its texts.
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
@@ -229,8 +230,8 @@ def make(recipe: Recipe, folder: Path) -> None:
         },
     )
     (folder / "README.md").write_text(
-        f"# LLaVA golden `{recipe.name}` (random weights)\n\n{recipe.about}.\n\nMade by tests/make_llava_goldens.py with "
-        f"transformers {version('transformers')}; weights, tokenizer and images were made for this project.\n",
+        f"# LLaVA golden `{recipe.name}` (random weights)\n\n{recipe.about}.\n\nMade by tests/make_llava_goldens.py "
+        f"with transformers {version('transformers')}; weights, tokenizer and images were made for this project.\n",
         encoding="utf-8",
     )
 

@@ -29,7 +29,7 @@ from ..roles import language_roles
 from ..text_config import check_activation, eos_token_ids, is_tied, read_decoder
 from ..tower import read_tower, tower_role, tower_unused
 
-__all__ = ["FAMILY", "TEMPLATE"]
+__all__ = ["CLIP_LARGE", "FAMILY", "TEMPLATE", "image_size", "is_first_form", "known_tower", "normalise", "text_part"]
 
 MODEL_TYPE = "llava"
 FIRST_MODEL_TYPE = "llava_llama"
@@ -148,14 +148,14 @@ def _first_tower(config: Json) -> TowerConfig:
     if feature not in ("patch", "cls_patch"):
         raise CheckpointError(f"config.json: mm_vision_select_feature is {feature!r}; give 'patch' or 'cls_patch'")
     return read_tower(
-        {"vision_config": _known_tower(config)},
+        {"vision_config": known_tower(config)},
         is_clip=True,
         select_layer=_feature_layers(config, "mm_vision_select_layer"),
         keeps_class_token=feature == "cls_patch",
     )
 
 
-def _known_tower(config: Json) -> Json:
+def known_tower(config: Json) -> Json:
     """The config of a tower that the file only names, unless it has one of its own as vision_config."""
     name = read_field(config, "mm_vision_tower", str)
     own = config.get("vision_config")
@@ -171,7 +171,7 @@ def _known_tower(config: Json) -> Json:
 
 def image_size(config: Json) -> int:
     """Pixels a side of what the tower takes."""
-    said = {"vision_config": _known_tower(config)} if is_first_form(config) else config
+    said = {"vision_config": known_tower(config)} if is_first_form(config) else config
     return read_size(said, "vision_config.image_size", 224)
 
 
