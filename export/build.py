@@ -66,7 +66,12 @@ def _export(
 ) -> None:
     graphs = float_graphs(checkpoint, target, lambda what: progress(0, 0, what))
     parts = graphs.family.manifest(graphs.checkpoint.config, graphs.checkpoint.documents)
-    documents = collect_documents(graphs.checkpoint, with_prompt=parts.prompt is not None, template=parts.template)
+    documents = collect_documents(
+        graphs.checkpoint,
+        with_prompt=parts.prompt is not None,
+        template=parts.template,
+        prologue=parts.template_prologue,
+    )
     with whole_folder(output) as folder:
         for name, content in documents.items():
             (folder / name).write_bytes(content)

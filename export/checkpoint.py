@@ -9,7 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +44,7 @@ class Checkpoint:
 
     path: Path
     config: Json
-    documents: Mapping[str, Json]  # other JSON files, by file name
+    documents: Mapping[str, Json]  # all JSON files, by file name; also of folders that config.json names
     tensors: Mapping[str, StoredTensor]
 
     @classmethod
@@ -60,6 +60,7 @@ class Checkpoint:
         documents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json")) if file.name != INDEX}
         tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
+        documents |= _named_folders(folder, documents["config.json"])
             for name, tensor in _read_header(file).items():
                 if name in tensors:
                     raise CheckpointError(
@@ -194,6 +195,15 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder / INDEX}: weight_map is missing or empty; copy the file again")
         names = sorted({str(name) for name in weight_map.values()})
         if any(Path(name).name != name for name in names):
+def _named_folders(folder: Path, config: Json) -> dict[str, Json]:
+    """JSON files, as "<name>/<file>", of each folder that a field of config.json names, if that describes a model."""
+    paths = {name: PurePosixPath(name) for name in config.values() if isinstance(name, str) and "\0" not in name}
+    inside = [name for name, path in paths.items() if path.parts and not path.is_absolute() and ".." not in path.parts]
+    told_by = ("config.json", "preprocessor_config.json")
+    described = sorted(name for name in inside if any((folder / name / file).is_file() for file in told_by))
+    return {f"{name}/{file.name}": _read_json(file) for name in described for file in (folder / name).glob("*.json")}
+
+
             raise CheckpointError(f"{folder / INDEX}: weight_map names a file outside the checkpoint folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:

@@ -31,11 +31,13 @@ DOCUMENTS = (
 )
 
 
-def collect_documents(checkpoint: Checkpoint, *, with_prompt: bool, template: str | None = None) -> dict[str, bytes]:
+def collect_documents(
+    checkpoint: Checkpoint, *, with_prompt: bool, template: str | None = None, prologue: str = ""
+) -> dict[str, bytes]:
     """Content of each file by name, as the checkpoint has them; with a prompt also the chat template.
 
-    `template`: the family's own, in place of the checkpoint's. Raises CheckpointError where a prompt needs a file that
-    is not there.
+    `template`: the family's own, in place of the checkpoint's; `prologue` stands in front of either. Raises
+    CheckpointError where a prompt needs a file that is not there.
     """
     found = {name: checkpoint.path / name for name in DOCUMENTS if (checkpoint.path / name).is_file()}
     documents = {name: path.read_bytes() for name, path in found.items()}
@@ -44,7 +46,7 @@ def collect_documents(checkpoint: Checkpoint, *, with_prompt: bool, template: st
             raise CheckpointError(
                 f"{checkpoint.path}: has no tokenizer.json; save the tokenizer again with transformers (fast tokenizer)"
             )
-        documents[TEMPLATE] = (chat_template(checkpoint) if template is None else template).encode()
+        documents[TEMPLATE] = (prologue + (chat_template(checkpoint) if template is None else template)).encode()
     return documents
 
 

@@ -89,7 +89,7 @@ class RoleSpec:
     outputs: tuple[Port, ...]
     tensor: Callable[[str, tuple[int, ...]], TensorRef]  # parameter name and shape -> where its values are
     variadic: int = 0  # how many of the last inputs form one list argument
-    example_sizes: Mapping[str, int] = field(default_factory=dict[str, int])  # dims that not any size does for tracing
+    multiples: Mapping[str, int] = field(default_factory=dict[str, int])  # dims that are so much times one number
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class ManifestParts:
     cache: CacheSpec | None = None
     generation: GenerationDefaults | None = None
     template: str | None = None  # chat template where upstream takes not the checkpoint's own; Jinja
+    template_prologue: str = ""  # Jinja in front of the template, for what upstream does to messages before it
 
 
 def _as_it_is(config: Json, documents: Mapping[str, Json]) -> Json:

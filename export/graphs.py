@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from ..quant.store import WeightSource
 from .checkpoint import Checkpoint, CheckpointSource, resolve
-from .family import FamilySpec, RoleSpec, family_of, roles_of
+from .family import FamilySpec, RoleSpec, family_of
 from .lower import COMPUTE_DTYPE, Target, lower
 from .trace import trace
 
@@ -37,7 +37,8 @@ def float_graphs(path: str | Path, target: Target, progress: Callable[[str], Non
     """
     checkpoint = Checkpoint.open(path)
     family = family_of(checkpoint.config, checkpoint.path / "config.json")
-    roles = roles_of(family, checkpoint.config, checkpoint.documents)
+    config = family.completed(checkpoint.config, checkpoint.documents)
+    roles = family.roles(config)
     graphs: dict[str, ir.Model] = {}
     for name, role in roles.items():
         progress(f"tracing {name}")
@@ -52,7 +53,7 @@ def float_graphs(path: str | Path, target: Target, progress: Callable[[str], Non
         checkpoint,
         {f"{role}/{parameter}": ref for (role, parameter), ref in wanted.items()},
         family.normalise,
-        lambda name: family.unused(checkpoint.config, name),
+        lambda name: family.unused(config, name),
     )
     sources = {
         name: CheckpointSource({p: stored[f"{name}/{p}"] for p in parameters}, parameters)

@@ -38,48 +38,50 @@ def read_tower(
     is_clip: bool,
     select_layer: int | Sequence[int],
     keeps_class_token: bool = False,
-    at: str = "vision_config",
+    at: str = "vision_config.",
     file: str = _CONFIG,
 ) -> TowerConfig:
-    """The tower that config[at] describes, up to `hidden_states[select_layer]` of transformers (0: the embeddings).
+    """The tower whose fields stand in `config` behind the prefix `at`.
 
+    It is run up to `hidden_states[select_layer]` of transformers, of which 0 are the embeddings.
     Of several layers features stand side by side, in the order given. CLIP alone has a class token to keep.
     Raises CheckpointError naming `file` and field.
     """
-    own = read_field(config, at, dict, file=file)
-    said = {
-        at: {**(_CLIP_DEFAULTS if is_clip else _SIGLIP_DEFAULTS), **{k: v for k, v in own.items() if v is not None}}
-    }
+    part = at.removesuffix(".")
+    own = read_field(config, part, dict, file=file) if part else config
+    defaults = _CLIP_DEFAULTS if is_clip else _SIGLIP_DEFAULTS
+    whole: Json = {**defaults, **{name: value for name, value in own.items() if value is not None}}
+    said = {part: whole} if part else whole
     width, num_heads, patch_size = (
-        read_size(said, f"{at}.{name}", file=file) for name in ("hidden_size", "num_attention_heads", "patch_size")
+        read_size(said, f"{at}{name}", file=file) for name in ("hidden_size", "num_attention_heads", "patch_size")
     )
     if width % num_heads:
-        raise CheckpointError(f"{file}: {at}.hidden_size {width} is not divided over {num_heads} heads")
-    activation = read_field(said, f"{at}.hidden_act", str, file=file)
+        raise CheckpointError(f"{file}: {at}hidden_size {width} is not divided over {num_heads} heads")
+    activation = read_field(said, f"{at}hidden_act", str, file=file)
     if activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise CheckpointError(f"{file}: {at}.hidden_act is {activation!r}; known are {known}")
-    if (channels := read_size(said, f"{at}.num_channels", 3, file=file)) != 3:
-        raise CheckpointError(f"{file}: {at}.num_channels is {channels}; images have 3 (RGB)")
-    side = read_size(said, f"{at}.image_size", file=file) // patch_size
+        raise CheckpointError(f"{file}: {at}hidden_act is {activation!r}; known are {known}")
+    if (channels := read_size(said, f"{at}num_channels", 3, file=file)) != 3:
+        raise CheckpointError(f"{file}: {at}num_channels is {channels}; images have 3 (RGB)")
+    side = read_size(said, f"{at}image_size", file=file) // patch_size
     if side < 1:
-        raise CheckpointError(f"{file}: {at}.image_size is less than one patch of {patch_size} pixels")
-    num_stored = read_size(said, f"{at}.num_hidden_layers", file=file)
+        raise CheckpointError(f"{file}: {at}image_size is less than one patch of {patch_size} pixels")
+    num_stored = read_size(said, f"{at}num_hidden_layers", file=file)
     if keeps_class_token and not is_clip:
-        raise CheckpointError(f"{file}: {at} describes a SigLIP tower, which has no class token; ask for patches alone")
+        raise CheckpointError(f"{file}: the tower is SigLIP's, which has no class token; ask for patches alone")
     single = isinstance(select_layer, int)
     counts = tuple(_num_layers(num_stored, layer) for layer in ([select_layer] if single else select_layer))
     if not counts:
         raise CheckpointError(f"{file}: the list of vision layers is empty; name one at least")
     return TowerConfig(
         width=width,
-        inner=read_size(said, f"{at}.intermediate_size", file=file),
+        inner=read_size(said, f"{at}intermediate_size", file=file),
         num_layers=max(counts),
         num_stored=num_stored,
         num_heads=num_heads,
         patch_size=patch_size,
         side=side,
-        eps=read_field(said, f"{at}.layer_norm_eps", float, file=file),
+        eps=read_field(said, f"{at}layer_norm_eps", float, file=file),
         activation=activation,
         has_class_token=is_clip,
         keeps_class_token=keeps_class_token,
@@ -113,7 +115,7 @@ def tower_role(tower: TowerConfig, prefix: str) -> RoleSpec:
         inputs=(Port("pixel_values", "float32", ("num_patches", tower.patch_dim)),),
         outputs=(Port("vision_features", "float32", (rows, tower.feature_width)),),
         tensor=tensor,
-        example_sizes={"num_patches": 3 * tower.num_patches},
+        multiples={"num_patches": tower.num_patches},
     )
 
 

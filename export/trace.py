@@ -23,6 +23,7 @@ __all__ = ["OPSET", "trace"]
 OPSET = 23
 # Two different sizes a name: a size of 1 is taken for a constant, and equal sizes may be taken for one dim.
 _EXAMPLE_SIZE = 2
+_FACTOR = 7  # of dims that are multiples
 _NUM_PATCHES = 60**2  # merge blocks of 1 to 6 patches a side divide it; fake tensors cost nothing
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "int64": torch.int64, "int32": torch.int32}
 
@@ -33,7 +34,7 @@ def trace(role: RoleSpec, compute_dtype: str) -> ir.Model:
     `compute_dtype` ("float32" or "float16") is the dtype of parameters and of ports marked "compute".
     """
     dtype = _DTYPES[compute_dtype]
-    sizes = _example_sizes(role.inputs) | dict(role.example_sizes)
+    sizes = _example_sizes(role.inputs) | {dim: _FACTOR * size for dim, size in role.multiples.items()}
     previous = torch.get_default_dtype()
     with FakeTensorMode():
         torch.set_default_dtype(dtype)

@@ -41,7 +41,7 @@ def test_float16_graph_is_close_to_the_float32_graph(family: str, role: str) -> 
     half_on_cpu(model)
     half, single = session(model), session(with_values(lowered(family, role, "cpu"), module))
     for sizes in SIZES:
-        feeds = {port.name: example(port.name, port.shape, port.dtype, sizes) for port in spec.inputs}
+        feeds = {port.name: example(port.name, port.shape, port.dtype, sizes, spec.multiples) for port in spec.inputs}
         narrow = {port.name for port in spec.inputs if port.dtype == "compute"}
         results = half.run(None, {n: f.astype(np.float16) if n in narrow else f for n, f in feeds.items()})
         expected = single.run(None, feeds)
@@ -87,7 +87,7 @@ def test_residual_stream_leaves_the_range_of_float16(role: str) -> None:
     model = with_values(lowered("qwen2_5_vl", role, "cuda"), module)
     half_on_cpu(model)
     half, single = session(model), session(with_values(lowered("qwen2_5_vl", role, "cpu"), module))
-    feeds = {port.name: example(port.name, port.shape, port.dtype, SIZES[1]) for port in spec.inputs}
+    feeds = {port.name: example(port.name, port.shape, port.dtype, SIZES[1], spec.multiples) for port in spec.inputs}
     narrow = {port.name for port in spec.inputs if port.dtype == "compute"}
     want = single.run(None, feeds)[0]
     have = half.run(None, {n: f.astype(np.float16) if n in narrow else f for n, f in feeds.items()})[0]

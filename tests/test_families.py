@@ -5,6 +5,7 @@ import copy
 import functools
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,9 @@ def test_graph_equals_its_modules_at_sizes_it_was_not_traced_at(family: str, rol
     session = ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
     for sizes in SIZES:
         feeds = {
-            port.name: array for port in spec.inputs for array in [example(port.name, port.shape, port.dtype, sizes)]
+            port.name: array
+            for port in spec.inputs
+            for array in [example(port.name, port.shape, port.dtype, sizes, spec.multiples)]
         }
         arguments: list[Any] = [torch.from_numpy(feed) for feed in feeds.values()]
         if spec.variadic:
@@ -131,8 +134,13 @@ def routing(sizes: dict[str, Any]) -> dict[str, np.ndarray]:
     return {"text_rows": text, "visual_rows": visual, "row_places": order}
 
 
-def example(name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str, Any]) -> np.ndarray:
-    """A sound value of a named input; index inputs are those of the sizes' grids, one window an image."""
+def example(
+    name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str, Any], multiples: Mapping[str, int]
+) -> np.ndarray:
+    """A sound value of a named input; index inputs are those of the sizes' grids, one window an image.
+
+    Where images are of one size, there are as many frames as the sizes have grids.
+    """
     areas = [h * w for h, w in sizes["grids"]]
     bounds = np.cumsum([0, *areas]).astype(np.int32)
     generator = np.random.default_rng(len(name))
@@ -145,6 +153,7 @@ def example(name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str
         "num_logits_to_keep": np.array([sizes["num_logits"]]),
         "image_rows": generator.integers(0, 2 + blocks, 7),
         **routing(sizes),
+        "frame_windows": generator.integers(0, len(areas), (3, *shape[1:])) if name == "frame_windows" else bounds,
     }
     if name in known:
         return known[name]
@@ -155,6 +164,8 @@ def example(name: str, shape: tuple[int | str, ...], dtype: str, sizes: dict[str
         "num_merge_blocks": int(blocks),
         "num_images": len(areas),
         "total_length": total,
+        "num_visuals": len(areas),
+        **{dim: size * len(areas) for dim, size in multiples.items()},
     }
     size = [dims[dim] if isinstance(dim, str) else dim for dim in shape]
     if name == "attention_mask":

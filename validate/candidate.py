@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.connector import num_shown_frames
 from ..runtime.image import Patches
 from ..runtime.manifest import ImageSpec, VisionSpec
 from ..runtime.model import Model
@@ -45,19 +46,26 @@ def candidate_stages(model: Model, prepared: Prepared, stages: Stages) -> dict[K
         return found
     vision = None
     if stages.vision is not None:
-        vision = _split(stages.vision, [len(patches.pixel_values) for patches in prepared.visuals])
+        first = 0 if model.manifest.vision is None else model.manifest.vision.first_rows  # class tokens, one a frame
+        sizes = [len(patches.pixel_values) + patches.grid[0] * first for patches in prepared.visuals]
+        vision = _split(stages.vision, sizes)
     features = _split(stages.features, [run.length for run in prepared.runs])
     for modality in (None, "image", "video"):
         picked = [i for i, run in enumerate(prepared.runs) if modality in (None, run.kind)]
         if picked:
             shown = [prepared.visuals[i] for i in picked]
-            hidden = None if vision is None else [vision[i] for i in picked]
+            vision_spec = model.manifest.vision
+            hidden = (
+                None if vision is None else [_as_shown(vision_spec, prepared.visuals[i], vision[i]) for i in picked]
+            )
             found |= _visual_stages(model.manifest.vision, modality, shown, hidden, [features[i] for i in picked])
             image = model.manifest.image
             if image is not None and image.slices is not None:
                 found |= _tile_stages(image, modality, shown)
             elif image is not None and image.strategy == "fixed_area":
                 found |= _image_stages(image, modality, shown)
+            elif image is not None and image.square is not None:
+                found |= _frame_stages(image, modality, shown)
     return found
 
 
@@ -100,6 +108,28 @@ def _image_stages(spec: ImageSpec, modality: str | None, images: Sequence[Patche
         found["pixel_values", modality, index] = pixels
         found["pixels_u8", modality, index] = _bytes(spec, pixels)
     return found
+
+
+def _frame_stages(spec: ImageSpec, modality: str | None, visuals: Sequence[Patches]) -> dict[Key, Array]:
+    """Pixels of frames of one size as upstream lays them out: [frames, 3, height, width]; of one still [3, ...]."""
+    size, found = spec.patch_size, dict[Key, Array]()
+    clips: list[Array] = []
+    for visual in visuals:
+        t, h, w = visual.grid
+        patches = visual.pixel_values.reshape(t, h, w, 3, size, size)
+        clips.append(patches.transpose(0, 3, 1, 4, 2, 5).reshape(t, 3, h * size, w * size))
+    bytes_ = [np.stack([_bytes(spec, frame) for frame in clip]) for clip in clips]
+    for stage, arrays in (("pixel_values", clips), ("pixels_u8", bytes_)):
+        found[stage, modality, None] = np.concatenate(arrays)
+        found |= {(stage, modality, i): array if len(array) > 1 else array[0] for i, array in enumerate(arrays)}
+    return found
+
+
+def _as_shown(spec: VisionSpec | None, visual: Patches, rows: Array) -> Array:
+    """Features of a still image as often as upstream encodes it: once for each of the equal frames it stands for."""
+    if spec is None or spec.connector is None:
+        return rows
+    return np.tile(rows, (num_shown_frames(spec.connector, visual.grid) // visual.grid[0], 1))
 
 
 def _bytes(spec: ImageSpec, pixels: Array) -> Array:

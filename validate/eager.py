@@ -29,7 +29,8 @@ _CHUNK_BYTES = 64 << 20  # float32 bytes that are read at once; a system reads n
 
 def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch.nn.Module]:
     """The modules of each role with the checkpoint's weights, float32. Raises CheckpointError as an export does."""
-    roles = roles_of(family, checkpoint.config, checkpoint.documents)
+    config = family.completed(checkpoint.config, checkpoint.documents)
+    roles = family.roles(config)
     modules = {name: role.build().eval() for name, role in roles.items()}
     parameters = {
         f"{name}/{parameter}": values
@@ -42,7 +43,7 @@ def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch
         for name, role in roles.items()
         for parameter, _ in modules[name].named_parameters()
     }
-    stored = resolve(checkpoint, wanted, family.normalise, lambda name: family.unused(checkpoint.config, name))
+    stored = resolve(checkpoint, wanted, family.normalise, lambda name: family.unused(config, name))
     source = CheckpointSource(stored, shapes)
     for key, values in parameters.items():
         step = max(1, _CHUNK_BYTES * len(values) // max(1, 4 * values.numel()))
