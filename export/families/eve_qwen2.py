@@ -11,7 +11,6 @@ Checked against github.com/baaivision/EVE, folder EVEv2, at cc63ec7; tensor name
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from ...runtime.errors import CheckpointError
 from ...runtime.manifest import CacheSpec, PositionSpec, PromptSpec, VisionSpec
@@ -83,12 +82,9 @@ def completed(config: Json, documents: Mapping[str, Json]) -> Json:
 
 
 def tower_processor(config: Json, documents: Mapping[str, Json]) -> Json:
-    """The processor's file in the folder that mm_vision_tower names, wherever that is, or else in the checkpoint's."""
-    tower = PurePosixPath(read_field(config, "mm_vision_tower", str))
-    for folder in (tower, PurePosixPath(tower.name)):
-        if own := documents.get(str(folder / PREPROCESSOR)):
-            return own
-    return image_processor(documents)
+    """The processor's file in the folder that mm_vision_tower names, as upstream has it, or else beside config.json."""
+    own = documents.get(f"{read_field(config, 'mm_vision_tower', str)}/{PREPROCESSOR}")
+    return own or image_processor(documents)
 
 
 def num_tokens(tokenizer: Json) -> int | None:
