@@ -58,9 +58,9 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: has no config.json; give the folder of a Hugging Face checkpoint")
         documents = {file.name: _read_json(file) for file in sorted(folder.glob("*.json")) if file.name != INDEX}
+        documents |= _named_folders(folder, documents["config.json"])
         tensors: dict[str, StoredTensor] = {}
         for file in _weight_files(folder):
-        documents |= _named_folders(folder, documents["config.json"])
             for name, tensor in _read_header(file).items():
                 if name in tensors:
                     raise CheckpointError(
@@ -188,13 +188,6 @@ def _read_json(file: Path) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX}: weight_map is missing or empty; copy the file again")
-        names = sorted({str(name) for name in weight_map.values()})
-        if any(Path(name).name != name for name in names):
 def _named_folders(folder: Path, config: Json) -> dict[str, Json]:
     """JSON files, as "<name>/<file>", of each folder that a field of config.json names, if that describes a model."""
     paths = {name: PurePosixPath(name) for name in config.values() if isinstance(name, str) and "\0" not in name}
@@ -204,6 +197,13 @@ def _named_folders(folder: Path, config: Json) -> dict[str, Json]:
     return {f"{name}/{file.name}": _read_json(file) for name in described for file in (folder / name).glob("*.json")}
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX}: weight_map is missing or empty; copy the file again")
+        names = sorted({str(name) for name in weight_map.values()})
+        if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{folder / INDEX}: weight_map names a file outside the checkpoint folder")
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
