@@ -10,17 +10,24 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
+from benchmarks.process import Actor
 from benchmarks.report import ShapeReport, VariantReport
+from benchmarks.runtime import Runtime
 from vlmport.runtime.schema import from_json
 
 MB = 1_000_000
+BYTES_A_PATCH = 25_000  # 20 arrays of the tower's width in float32
 # Every operator that the int4 package of the 100 M shape may have, by role, and how many nodes of it.
 NODES = json.loads((Path(__file__).parent / "smoke_nodes.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory: pytest.TempPathFactory) -> ShapeReport:
-    folder = tmp_path_factory.mktemp("smoke")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("smoke")
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> ShapeReport:
     parts = ["export", "load", "vision", "text", "steady"]
     assert main(["run", "100m", "--smoke", "--folder", str(folder), "--parts", *parts]) == 0
     return from_json(ShapeReport, json.loads((folder / "bench-100m.json").read_text(encoding="utf-8")))
@@ -66,6 +73,23 @@ def test_the_runtime_takes_little_memory(int4: VariantReport) -> None:
     graphs = int4.load.after.resident - int4.load.before.resident
     assert 0 < graphs < 1.5 * int4.package_size + 60 * MB  # the graphs themselves, and their working memory
     assert int4.load.after.resident < int4.peak_memory < int4.load.after.resident + 200 * MB
+
+
+def test_an_image_takes_some_arrays_of_the_towers_width(int4: VariantReport) -> None:
+    """One array is 1,280 bytes a patch; scores of all pairs of patches would be 16 KB."""
+    runs = [run for case in int4.vision.values() for run in case]
+    assert len(runs) == 3
+    assert max(run.peak_above / run.num_patches for run in runs) < BYTES_A_PATCH
+
+
+@pytest.mark.slow
+def test_memory_of_an_image_is_linear_in_its_patches(report: ShapeReport, folder: Path) -> None:
+    """Layers of full attention included: 16,384 patches have 268 million pairs."""
+    with Actor(Runtime, folder / "bench" / "packages" / "100m-int4", "int4") as runtime:
+        runtime.ask("load", ["vision_encoder", "projector"])
+        run = runtime.ask("vision", [(1792, 1792)])
+    assert run.num_patches == 16_384
+    assert run.peak_above < BYTES_A_PATCH * run.num_patches
 
 
 def test_no_decode_step_keeps_memory(int4: VariantReport) -> None:
