@@ -22,6 +22,7 @@ __all__ = ["RoutedSpeed", "compare", "main"]
 
 _CONTEXT = 64  # tokens in the cache before the first step
 _WARM = 8
+_SWITCH = 3  # steps after the other one's turn that are not counted: caches are cold, and its threads still spin
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class RoutedSpeed:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routed", description=__doc__)
-    parser.add_argument("--shape", default="eve-100m")
+    parser.add_argument("--shape", default="eve-300m")
     parser.add_argument("--folder", type=Path, default=Path("build", "bench"))
-    parser.add_argument("--recipe", nargs="+", default=["fp32", "int8", "int4"])
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--recipe", nargs="+", default=["int8", "int4"])
+    parser.add_argument("--turns", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=16, help="of a turn")
     args = parser.parse_args(arguments)
     shape = load_shape(args.shape)
@@ -56,12 +57,13 @@ def compare(routed: Path, plain: Path, variant: str, turns: int, tokens: int) ->
     """Decodes with both packages, a turn each and again."""
     pair = Runtime(routed, variant), Runtime(plain, variant)
     for runtime in pair:
-        runtime.start(_CONTEXT + _WARM + turns * tokens + 1)
+        runtime.start(_CONTEXT + _WARM + turns * (_SWITCH + tokens) + 1)
         runtime.prefill(_CONTEXT)
         runtime.decode(_WARM)
     speeds: tuple[list[float], list[float]] = ([], [])
     for turn in range(turns):
         for which in (0, 1) if turn % 2 else (1, 0):
+            pair[which].decode(_SWITCH)
             speeds[which].append(tokens / pair[which].decode(tokens))
     ratios = [two / one for two, one in zip(*speeds, strict=True)]
     return RoutedSpeed(statistics.median(speeds[0]), statistics.median(speeds[1]), statistics.median(ratios))

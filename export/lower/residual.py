@@ -36,19 +36,24 @@ class _Stream:
         self._narrowed: dict[ir.Value, ir.Value] = {}
 
     def visit(self, node: ir.Node) -> None:
-        first = node.inputs[0] if node.inputs else None
         if node.op_type in ("RMSNormalization", "LayerNormalization"):
             self._norm(node)
         elif _is_residual(node):
             for index in range(2):
                 node.replace_input_with(index, self._widened(node, index))
             self._mark(node.outputs[0])
-        elif first in self.wide and node.op_type in _MOVERS:
+        elif self._moves(node):
             self._mark(node.outputs[0])
         elif node.op_type not in ("Cast", "Shape"):  # a Cast to float32 does nothing now; ONNX Runtime drops it
             for index, value in enumerate(node.inputs):
                 if value in self.wide:
                     node.replace_input_with(index, self._narrow(value))
+
+    def _moves(self, node: ir.Node) -> bool:
+        """Whether all values of the result are float32 now: a Concat has those of all its inputs."""
+        if node.op_type == "Concat":
+            return self.wide.issuperset(node.inputs)
+        return bool(node.inputs) and node.inputs[0] in self.wide and node.op_type in _MOVERS
 
     def _mark(self, value: ir.Value) -> None:
         value.type = ir.TensorType(_SINGLE)  # not value.dtype: values may share the object
