@@ -81,7 +81,7 @@ def reg_block(block: Any, x: torch.Tensor) -> torch.Tensor:
     def conv(part: Any, x: torch.Tensor) -> torch.Tensor:
         groups = x.shape[1] if part.conv.weight.ndim == 4 else 1
         kernel = part.conv.weight if groups > 1 else part.conv.weight[:, :, None, None]
-        y = functional.conv2d(x, kernel, padding=groups > 1, groups=groups)
+        y = functional.conv2d(x, kernel, padding=int(groups > 1), groups=groups)
         norm = functional.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2], part.bn.weight, part.bn.bias, 1e-5)
         return norm.permute(0, 3, 1, 2)
 
