@@ -101,15 +101,15 @@ class RoutedLayer(nn.Module):
     def __init__(self, config: DecoderConfig, parts: RoutedParts) -> None:
         super().__init__()
 
-        def norm(*, there: bool) -> RMSNorm | None:
-            return RMSNorm(config.width, config.norm_eps) if there else None
+        def norm() -> RMSNorm:
+            return RMSNorm(config.width, config.norm_eps)
 
         def mlp() -> GatedMLP:
             return GatedMLP(config.width, config.inner, bias=config.up_bias, down_bias=config.down_bias)
 
-        self.input_layernorm, self.visual_input_layernorm = norm(there=True), norm(there=parts.norms)
+        self.input_layernorm, self.visual_input_layernorm = norm(), norm() if parts.norms else None
         self.self_attn = RoutedAttention(config, twice=parts.attention)
-        self.post_attention_layernorm, self.visual_post_attention_layernorm = norm(there=True), norm(there=parts.norms)
+        self.post_attention_layernorm, self.visual_post_attention_layernorm = norm(), norm() if parts.norms else None
         self.mlp, self.visual_mlp = mlp(), mlp() if parts.mlp else None
 
     def forward(
