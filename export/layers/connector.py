@@ -81,10 +81,9 @@ class WindowConnector(nn.Module):
         self.has_stages = config.depth > 0
         self.sampler = Sampler(config)
         self.readout = mlp(config.out_width, config.out_width, config.num_linears)
-        self.dtype = torch.get_default_dtype()  # of the weights
 
     def forward(self, vision_features: torch.Tensor, frame_windows: torch.Tensor) -> torch.Tensor:
-        x = vision_features.to(self.dtype)
+        x = vision_features.to(next(self.parameters()).dtype)
         run = BlockRunner()
         x = self.s1(x, run) if self.has_stages else x
         x = self.sampler(x, frame_windows)
@@ -99,12 +98,11 @@ class MeanProjector(nn.Module):
         super().__init__()
         self.num_features = num_features
         self.mlp = mlp(width, out_width, num_linears)
-        self.dtype = torch.get_default_dtype()  # of the weights
 
     def forward(self, vision_features: torch.Tensor, frame_shares: torch.Tensor) -> torch.Tensor:
         width = vision_features.shape[-1]
         mean = frame_shares @ vision_features.reshape(-1, self.num_features * width)
-        return self.mlp(mean.reshape(-1, width).to(self.dtype)).to(torch.float32)
+        return self.mlp(mean.reshape(-1, width).to(next(self.parameters()).dtype)).to(torch.float32)
 
 
 def mlp(width: int, out_width: int, num_linears: int) -> nn.Sequential:
