@@ -30,7 +30,7 @@ def decoder_feeds(session: GraphSession) -> dict[str, np.ndarray]:
 def test_the_decoder_in_pieces_gives_what_it_gives_whole(package_tiny_a: Path, variant: str, budget: int) -> None:
     path = Package.open(package_tiny_a).graph_path("decoder", variant)
     whole = open_session(path)
-    pieced = GraphSession(PiecedGraph(path, budget), path, "cpu")
+    pieced = GraphSession(PiecedGraph.open(path, budget), path, "cpu")
     assert (pieced.inputs, pieced.optional, pieced.outputs) == (whole.inputs, whole.optional, whole.outputs)
     feeds = decoder_feeds(whole)
     for more in ({}, {"num_logits_to_keep": np.array([3])}):
@@ -60,15 +60,14 @@ def test_a_large_package_is_recorded_in_pieces_and_verified_whole(
 ) -> None:
     path = shutil.copytree(package_tiny_b, tmp_path / "package", ignore=shutil.ignore_patterns("parity"))
     monkeypatch.setattr(selfcheck, "_WHOLE_BYTES", 0)
-    monkeypatch.setattr(pieces, "PIECE_BYTES", 20_000)
     recorded: list[Path] = []
-    init = PiecedGraph.__init__
+    opened = PiecedGraph.open
 
-    def counted(self: PiecedGraph, path: Path, budget: int = 20_000) -> None:
+    def counted(path: Path) -> PiecedGraph:
         recorded.append(path)
-        init(self, path, budget)
+        return opened(path, 20_000)
 
-    monkeypatch.setattr(PiecedGraph, "__init__", counted)
+    monkeypatch.setattr(PiecedGraph, "open", counted)
     write_selfcheck(path)
     package = Package.open(path)
     assert {file.name for file in recorded} == {

@@ -69,6 +69,14 @@ class EagerReference:
         self._cache: list[torch.Tensor] = []
         self._rope_delta = 0
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """By role: they are the family's own."""
+        return dict(self._modules)
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> None:
+        """None: rows are in the order of the patches everywhere."""
+        del role, patches
+
     def pixels(self, images: Sequence[Image.Image]) -> None:
         """None: upstream's image processor is not here, so there are no pixels to compare with."""
         del images
@@ -96,7 +104,8 @@ class EagerReference:
                 for place in range(run.start, run.start + run.length):
                     embeds[place] = next(rows)
         ports = [port for port in self._roles["decoder"].inputs if port.name.startswith("past_key_values.")]
-        self._cache = [torch.zeros(1, int(port.shape[1]), 0, int(port.shape[3])) for port in ports]
+        dtype = next(self._modules["decoder"].parameters()).dtype
+        self._cache = [torch.zeros(1, int(port.shape[1]), 0, int(port.shape[3]), dtype=dtype) for port in ports]
         self._rope_delta = prepared.rope_delta
         visual = prepared.seen(prepared.visual_tokens)
         logits = self._decode(prepared.seen(embeds), prepared.seen_positions, visual)

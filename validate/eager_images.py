@@ -1,5 +1,7 @@
 """The reference of packages without a decoder: the family's own modules in eager PyTorch, float32, one image a call."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -28,6 +30,14 @@ class EagerImages:
             raise CheckpointError(f"{checkpoint.path}: family {family.name} makes no vectors of images by themselves")
         self._vision = vision
         self._modules = eager_modules(checkpoint, family)
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """By role: they are the family's own."""
+        return dict(self._modules)
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> None:
+        """None: rows are in the order of the patches everywhere."""
+        del role, patches
 
     @torch.inference_mode()
     def encode(self, patches: Patches) -> ImageStages:

@@ -60,6 +60,14 @@ class ImageReference(Protocol):
         """One image by itself, whatever it is packed with in the package."""
         ...
 
+    def modules(self) -> Mapping[str, Any]:
+        """Its torch modules, to be tapped: see reference_taps.TappedReference."""
+        ...
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
+        """See reference_taps.TappedReference."""
+        ...
+
 
 # Golden cases
 

@@ -21,6 +21,7 @@ from ..runtime.package import Package
 from ..runtime.prepare import Prepared
 from ..runtime.routing import routing_inputs
 from ..runtime.session import GraphSession, require_onnxruntime
+from .points import read_names
 
 __all__ = ["PIECE_BYTES", "PiecedGraph", "PiecedModel", "logits_in_pieces"]
 
@@ -29,6 +30,8 @@ _ERRORS_ONLY = 3
 _FOLDER = "session.model_external_initializers_file_folder_path"
 _TYPES: dict[int, str] = {
     TensorProto.FLOAT: "tensor(float)",
+    TensorProto.FLOAT16: "tensor(float16)",
+    TensorProto.INT8: "tensor(int8)",
     TensorProto.INT64: "tensor(int64)",
     TensorProto.INT32: "tensor(int32)",
 }
@@ -53,7 +56,7 @@ class PiecedModel(Model):
 
     def session(self, role: str) -> GraphSession:
         path = self.package.graph_path(role, self.variant.name)
-        return GraphSession(PiecedGraph(path), path, "cpu")
+        return GraphSession(PiecedGraph.open(path), path, "cpu")
 
 
 def logits_in_pieces(model: PiecedModel, prepared: Prepared, embeds_SD: Array, ids: Sequence[int]) -> Array:
@@ -77,33 +80,38 @@ def logits_in_pieces(model: PiecedModel, prepared: Prepared, embeds_SD: Array, i
 
 
 class PiecedGraph:
-    """What a GraphSession needs of an onnxruntime.InferenceSession, on the CPU."""
+    """What a GraphSession needs of an onnxruntime.InferenceSession, on the CPU; any value can be asked for."""
 
-    def __init__(self, path: Path, budget: int = PIECE_BYTES) -> None:
-        self._folder = path.parent
-        self._model = onnx.load(path, load_external_data=False)
+    def __init__(self, model: ModelProto, folder: Path, budget: int = PIECE_BYTES) -> None:
+        """folder: where the external data of the model is."""
+        self._folder = folder
+        self.model = model
         self._budget = budget
 
+    @classmethod
+    def open(cls, path: Path, budget: int = PIECE_BYTES) -> "PiecedGraph":
+        return cls(onnx.load(path, load_external_data=False), path.parent, budget)
+
     def get_inputs(self) -> list[_Port]:
-        held = {tensor.name for tensor in self._model.graph.initializer}
-        return [_port(value) for value in self._model.graph.input if value.name not in held]
+        held = {tensor.name for tensor in self.model.graph.initializer}
+        return [_port(value) for value in self.model.graph.input if value.name not in held]
 
     def get_overridable_initializers(self) -> list[_Port]:
-        held = {tensor.name for tensor in self._model.graph.initializer}
-        return [_port(value) for value in self._model.graph.input if value.name in held]
+        held = {tensor.name for tensor in self.model.graph.initializer}
+        return [_port(value) for value in self.model.graph.input if value.name in held]
 
     def get_outputs(self) -> list[_Port]:
-        return [_port(value) for value in self._model.graph.output]
+        return [_port(value) for value in self.model.graph.output]
 
     def run(self, names: Sequence[str], feeds: Mapping[str, Array], options: Any = None) -> list[Array]:
         """The named outputs. `options` is for the protocol's sake: nothing is kept that it could release."""
         values = dict(feeds)
-        pieces = list(_cut(self._model.graph, self._budget))
-        used = [{name for node in nodes for name in _used(node)} for nodes in pieces]
+        pieces = list(_cut(self.model.graph, self._budget))
+        used = [{name for node in nodes for name in read_names(node)} for nodes in pieces]
         for number, nodes in enumerate(pieces):
             later = {*names, *(name for rest in used[number + 1 :] for name in rest)}
             made = [name for node in nodes for name in node.output if name in later]
-            piece = _piece(self._model, nodes, used[number], values, made)
+            piece = _piece(self.model, nodes, used[number], values, made)
             values |= self._run_piece(piece, {name: values[name] for name in used[number] if name in values}, made)
             values = {name: value for name, value in values.items() if name in later}
         return [values[name] for name in names]
@@ -129,7 +137,7 @@ def _cut(graph: GraphProto, budget: int) -> Iterator[list[NodeProto]]:
     piece: list[NodeProto] = []
     num_bytes = 0
     for node in graph.node:
-        more = sum(left.pop(name, 0) for name in _used(node))
+        more = sum(left.pop(name, 0) for name in read_names(node))
         if piece and num_bytes + more > budget:
             yield piece
             piece, num_bytes = [], 0
@@ -141,15 +149,6 @@ def _cut(graph: GraphProto, budget: int) -> Iterator[list[NodeProto]]:
 def _num_bytes(tensor: TensorProto) -> int:
     lengths = [int(entry.value) for entry in tensor.external_data if entry.key == "length"]
     return lengths[0] if lengths else len(tensor.raw_data)
-
-
-def _used(node: NodeProto) -> set[str]:
-    """Names that a node reads, those that its subgraphs take from outside included."""
-    names = {name for name in node.input if name}
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names |= {name for inner in graph.node for name in _used(inner)}
-    return names
 
 
 def _piece(

@@ -64,6 +64,14 @@ class ReferenceModel(Protocol):
         """Logits [V] after one more token, through the cache."""
         ...
 
+    def modules(self) -> Mapping[str, Any]:
+        """Its torch modules, to be tapped: see reference_taps.TappedReference."""
+        ...
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
+        """See reference_taps.TappedReference."""
+        ...
+
 
 @dataclass(frozen=True)
 class ReferenceRun:

@@ -53,13 +53,21 @@ class Reference:
         """None: the image processor is of the package wepoints, not of the checkpoint."""
         del images
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Upstream's model, whose modules have the names of their tensors."""
+        return {"": self._model}
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> None:
+        """None: rows are in the order of the patches everywhere."""
+        del role, patches
+
     @torch.inference_mode()
     def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
         """Tower output [P, C], and the rows that replace placeholders [R, D], of all images in one call."""
         pixels = torch.from_numpy(np.concatenate([item.pixel_values for item in patches]))
         grids = torch.tensor([item.grid for item in patches], dtype=torch.int64)
         hidden = self._model.vision_encoder(pixels, grid_thw=grids)
-        return hidden.numpy(), self._model.vision_projector(hidden).numpy()
+        return hidden.float().numpy(), self._model.vision_projector(hidden).float().numpy()
 
     @torch.inference_mode()
     def prefill(self, prepared: Prepared) -> tuple[Array, Array, None]:
@@ -70,7 +78,7 @@ class Reference:
             rows = torch.from_numpy(self.vision(prepared.visuals)[1])
             places = [place for run in prepared.runs for place in range(run.start, run.start + run.length)]
             embeds[0, places] = rows
-        return self._advance(inputs_embeds=embeds), embeds[0].numpy(), None
+        return self._advance(inputs_embeds=embeds), embeds[0].float().numpy(), None
 
     @torch.inference_mode()
     def step(self, token_id: int) -> Array:
@@ -80,4 +88,4 @@ class Reference:
     def _advance(self, **inputs: Any) -> Array:
         output = self._model.llm(**inputs, use_cache=True)
         self._cache = output.past_key_values
-        return output.logits[0].numpy()
+        return output.logits[0].float().numpy()

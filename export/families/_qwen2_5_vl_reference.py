@@ -72,23 +72,33 @@ class Reference:
         found = processor(images=list(images), return_tensors="np")
         return found["pixel_values"], found["image_grid_thw"]
 
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Upstream's model, whose modules have the names of their tensors."""
+        return {"": self._model}
+
     @torch.inference_mode()
     def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
         """Blocks' output [P, C] in natural patch order, and merger output [R, D], of all visuals in one call."""
-        visual = self._model.model.visual
         pixel_values, grids = _pixels(patches)
-        output = visual(pixel_values, grid_thw=grids)
+        output = self._model.model.visual(pixel_values, grid_thw=grids)
         hidden = output.last_hidden_state
-        if "window_size" in visual.config.to_dict():  # upstream holds these rows in window order
-            window_index, _ = get_vision_window_index(
-                grids,
-                spatial_merge_size=visual.spatial_merge_size,
-                window_size=visual.window_size,
-                patch_size=visual.patch_size,
-            )
-            blocks = hidden.reshape(len(window_index), -1, hidden.shape[-1])
-            hidden = blocks[torch.argsort(window_index)].reshape(hidden.shape)
-        return hidden.numpy(), output.pooler_output.numpy()
+        order = self.row_order("projector", patches)
+        if order is not None:
+            hidden = hidden.reshape(len(order), -1, hidden.shape[-1])[torch.from_numpy(order)].reshape(hidden.shape)
+        return hidden.float().numpy(), output.pooler_output.float().numpy()
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
+        """Places of the merge blocks in natural order: upstream's merger has them in window order, as its blocks do."""
+        visual = self._model.model.visual
+        if role != "projector" or not patches or "window_size" not in visual.config.to_dict():
+            return None
+        window_index, _ = get_vision_window_index(
+            _pixels(patches)[1],
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )
+        return torch.argsort(window_index).numpy()
 
     @torch.inference_mode()
     def prefill(self, prepared: Prepared) -> tuple[Array, Array, Array]:
@@ -119,13 +129,13 @@ class Reference:
         positions = seen["position_ids"]  # None for text alone: counted by the model itself
         if positions is None:
             positions = torch.arange(length).expand(3, 1, length)
-        return output.logits[0].numpy(), seen["inputs_embeds"][0].numpy(), positions[-3:, 0].numpy()
+        return output.logits[0].float().numpy(), seen["inputs_embeds"][0].float().numpy(), positions[-3:, 0].numpy()
 
     @torch.inference_mode()
     def step(self, token_id: int) -> Array:
         """Logits [V] after one more token, through the cache."""
         output = self._model(input_ids=torch.tensor([[token_id]]), past_key_values=self._cache, use_cache=True)
-        return output.logits[0, -1].numpy()
+        return output.logits[0, -1].float().numpy()
 
 
 def _pixels(patches: Sequence[Patches]) -> tuple[torch.Tensor, torch.Tensor]:
