@@ -6,7 +6,7 @@ Against the checkpoint in PyTorch (--reference), on built-in samples or a task f
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ from ..runtime.errors import InputError
 from ..runtime.package import Package
 from ..validate.compare import StageRow
 from ..validate.gates import DEFAULT_GATES, load_gates
-from ..validate.report import Report, VariantReport, report_json, task_lines, task_showcase, write_report
+from ..validate.report import (
+    Report,
+    VariantReport,
+    manifest_sha256,
+    report_json,
+    task_lines,
+    task_showcase,
+    versions,
+    write_report,
+)
 from .progress import Progress
 from .table import table
 
@@ -45,6 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", metavar="DIR", type=Path, default=_FOLDER, help=f"default: {_FOLDER}")
     parser.add_argument("--gates", metavar="FILE", type=Path, help="JSON that replaces limits of the built-in table")
+    parser.add_argument("--limit", metavar="N", type=int, help="with --reference: the first N samples alone")
+    parser.add_argument(
+        "--bisect", action="store_true", help="with --reference: name the first operator that leaves its tolerance"
+    )
+    parser.add_argument("--no-sweep", action="store_true", help="with --reference: leave out the inputs that bite")
+    parser.add_argument(
+        "--no-insides", action="store_true", help="with --reference: answers alone; no layers, waterfall or sweep"
+    )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -56,6 +73,11 @@ def execute(args: argparse.Namespace) -> int:
         raise InputError("--task: answers are compared with those of a reference; add --reference CHECKPOINT")
     if args.trust_remote_code and args.reference is None:
         raise InputError("--trust-remote-code: runs the code of a reference; add --reference CHECKPOINT")
+    for option in ("limit", "bisect", "no_sweep", "no_insides"):
+        if getattr(args, option) and args.reference is None:
+            raise InputError(f"--{option.replace('_', '-')}: is about a reference; add --reference CHECKPOINT")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} is not at least 1")
     gates = DEFAULT_GATES if args.gates is None else load_gates(args.gates)
     with Progress("validate") as progress:
         if args.golden is not None:
@@ -70,6 +92,9 @@ def execute(args: argparse.Namespace) -> int:
         print(json.dumps(report_json(report), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         print(render(report))
+        for variant in report.variants:
+            if variant.bisect is not None:
+                print(f"{variant.name}, {_first_fault(variant.bisect)}")
         print(f"\n{report.outcome}: report in {file} and {file.with_suffix('.md')}")
     return 1 if report.outcome == "FAIL" else 0
 
@@ -82,6 +107,19 @@ def render(report: Report) -> str:
     if all(variant.task is not None for variant in report.variants):
         return _render_task(report)
     return "\n\n".join(_render_variant(variant) for variant in report.variants)
+
+
+def _first_fault(bisection: Mapping[str, Any]) -> str:
+    """One line: the first operator that is wrong by itself, or that there is none."""
+    first = bisection["first"]
+    if first is None:
+        worst = max(bisection["points"], key=lambda point: point["own"] / max(point["tolerance"], 1e-12))
+        return f"no operator leaves its tolerance; nearest is {worst['role']} {worst['name']} ({worst['own']:.2g})"
+    layer = "" if first["layer"] is None else f"layer {first['layer']}, "
+    return (
+        f"first operator at fault: {first['role']}, {layer}{first['name']} ({', '.join(first['operators'])}): "
+        f"relative L2 {first['own']:.2g} on the reference's own inputs, {first['tolerance']:g} is its tolerance"
+    )
 
 
 def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, progress: Progress) -> Report | None:
@@ -100,36 +138,54 @@ def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, p
 def _reference(
     package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress
 ) -> Report:
-    from ..validate.reference import load_reference  # needs torch and transformers
+    from ..validate.insides import Plan  # needs torch and transformers
+    from ..validate.journal import Journal, digest_of
+    from ..validate.reference import load_reference
     from ..validate.run import validate_reference
     from ..validate.samples import built_in_samples
+    from ..validate.shards import JOURNAL_TYPES
     from ..validate.tasks import load_task, task_samples
 
     checkpoint, folder = args.reference, args.task
+    plan = None if args.no_insides else Plan(sweep=not args.no_sweep, bisect=args.bisect)
     if "decoder" not in package.manifest.roles:
         if folder is not None:
             raise InputError(f"--task: {package.path} has no decoder, so it answers no questions; leave it out")
         if args.trust_remote_code:
             raise InputError("--trust-remote-code: this package is compared with modules of its family; leave it out")
-        return _images_reference(package, checkpoint, variants, gates, progress)
+        return _images_reference(package, checkpoint, variants, gates, progress, plan)
     task = None if folder is None else load_task(folder)
     if task is None or folder is None:
         samples = built_in_samples(package.manifest)
     else:
         samples = task_samples(task, folder)
+    samples = samples[: args.limit]
     reference = load_reference(checkpoint, trust_remote_code=args.trust_remote_code)
-    return validate_reference(package, checkpoint, reference, samples, task, variants, gates, progress)
+    depends = {
+        "package": manifest_sha256(package),
+        "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.iterdir())],
+        "samples": [[sample.id, list(sample.messages), sample.max_new_tokens] for sample in samples],
+        "task": None if task is None else [task.name, str(folder)],
+        "margins": dict(gates.tie_margin),
+        "code": [reference.origin, versions()],
+    }
+    with Journal(args.report / "unfinished", digest_of(depends), JOURNAL_TYPES) as journal:
+        report = validate_reference(
+            package, checkpoint, reference, samples, task, variants, gates, progress, journal, plan
+        )
+        journal.remove()
+    return report
 
 
 def _images_reference(
-    package: Package, checkpoint: Path, variants: Sequence[str], gates: Any, progress: Progress
+    package: Package, checkpoint: Path, variants: Sequence[str], gates: Any, progress: Progress, plan: Any
 ) -> Report:
     from ..validate.images import built_in_images
     from ..validate.reference import load_image_reference
     from ..validate.run import validate_images
 
     reference = load_image_reference(checkpoint)
-    return validate_images(package, checkpoint, reference, built_in_images(), variants, gates, progress)
+    return validate_images(package, checkpoint, reference, built_in_images(), variants, gates, progress, plan)
 
 
 def _render_variant(variant: VariantReport) -> str:

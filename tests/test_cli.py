@@ -34,7 +34,7 @@ OPTIONS = {
     ],
     "validate": [
         *("PACKAGE", "--reference", "--golden", "--variant", "--task", "--trust-remote-code"),
-        *("--report", "--gates", "--json"),
+        *("--report", "--gates", "--limit", "--bisect", "--no-sweep", "--no-insides", "--json"),
     ],
     "verify": ["PACKAGE", "--variant", "--json"],
     "inspect": ["PACKAGE", "--json", "--placement", "--variant"],

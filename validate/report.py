@@ -85,6 +85,9 @@ class VariantReport:
     examples: tuple[Example, ...]
     seconds: float
     task: TaskScore | None = None
+    layers: tuple[Any, ...] = ()  # insides.LayerDrift
+    waterfall: Any = None  # waterfall.Waterfall
+    bisect: Mapping[str, Any] | None = None  # insides.bisection
 
     @property
     def outcome(self) -> Outcome:
@@ -103,6 +106,8 @@ class Report:
     samples: tuple[str, ...]
     gates: GateTable
     variants: tuple[VariantReport, ...]
+    noise: Any = None  # insides.Noise
+    sweep: Sequence[Mapping[str, Any]] = ()  # sweep.SweepResult with its outcome
 
     @property
     def outcome(self) -> Outcome:
@@ -159,6 +164,8 @@ def report_json(report: Report) -> dict[str, Any]:
         "versions": report.versions,
         "num_samples": len(report.samples),
         "samples": report.samples,
+        "noise": report.noise,
+        "sweep": report.sweep,
         "gates": {"origin": report.gates.origin, "tie_margin": report.gates.tie_margin, "table": report.gates.gates},
         "variants": [
             {"outcome": variant.outcome, **{f.name: getattr(variant, f.name) for f in dataclasses.fields(variant)}}

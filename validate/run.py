@@ -4,8 +4,9 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..runtime.model import Model
 from ..runtime.package import Package, file_entry
@@ -14,10 +15,16 @@ from .gates import GateTable, judge
 from .golden import Golden
 from .golden_compare import compare_golden
 from .images import ImageReference, ImageSample, compare_image_golden, compare_image_sample
-from .reference import ReferenceModel, ReferenceRun, compare_sample, run_reference
+from .journal import Journal
+from .reference import ReferenceModel, run_reference
 from .report import Report, TaskScore, VariantReport, manifest_sha256, versions, worst_examples
 from .samples import Sample
-from .tasks import Answer, Task, ask, score
+from .shards import Questions, compare_in_shards
+from .tasks import Task, score
+
+if TYPE_CHECKING:
+    from ..export.family import RoleSpec
+    from .insides import Insides, Plan
 
 __all__ = ["made_from", "validate_golden", "validate_images", "validate_reference"]
 
@@ -54,7 +61,7 @@ def validate_golden(
                     records += compare_image_golden(golden, load(None))
             provider = _provider(load(None))
         rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
-        reports.append(_variant_report(package, name, records, rows, started))
+        reports.append(_variant_report(package, name, records, rows, time.perf_counter() - started))
     reference = {"golden": ", ".join(golden.path.name for golden in goldens), "upstream": goldens[0].upstream}
     samples = [f"{golden.path.name}/{case}" for golden in goldens for case in golden.cases]
     return _report("golden", reference, package, provider, samples, gates, reports)
@@ -69,30 +76,74 @@ def validate_reference(
     variants: Sequence[str],
     gates: GateTable,
     progress: Progress,
+    journal: Journal | None = None,
+    plan: "Plan | None" = None,
 ) -> Report:
-    """Each variant against the checkpoint in PyTorch, over the samples (a task's items, if there is a task)."""
+    """Each variant against the checkpoint in PyTorch, over the samples (a task's items, if there is a task).
+
+    `journal` keeps what is found while it goes on. `plan`: how much of the insides is looked at besides; None: nothing.
+    """
     positions = package.manifest.positions
     rule = reference.video_rule if positions is not None and positions.video_rule is not None else None
+    columns = {name: stage_columns(package.variant(name)) for name in variants}
+    margins = {name: gates.tie_margin[columns[name]["generation"]] for name in variants}
+    questions = Questions(samples, len(samples) if task is None else _NUM_DETAILED, task, margins)
+    found = compare_in_shards(package, reference, questions, variants, rule, journal, progress)
+    insides = (
+        None if plan is None else _look_inside(package, checkpoint, reference, samples, variants, rule, plan, progress)
+    )
     reports: list[VariantReport] = []
-    provider = ""
-    num_detailed = len(samples) if task is None else _NUM_DETAILED
-    with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
-        with Model.load(package.path, variants[0], video_rule=rule) as model:
-            runs = run_reference(reference, model, samples, num_detailed, Path(folder), progress)
-        for name in variants:
-            started = time.perf_counter()
-            columns = stage_columns(package.variant(name))
-            with Model.load(package.path, name, video_rule=rule) as model:
-                records, scored = _run_variant(model, name, runs, num_detailed, task, gates, columns, progress)
-                provider = _provider(model)
-            rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
-            if scored is not None:
-                rows += (_task_row(scored, gates, columns["task"]),)
-            reports.append(_variant_report(package, name, records, rows, started, scored))
+    for name in variants:
+        records = found[name].records
+        scored = None if task is None else score(task, found[name].answers)
+        rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns[name])
+        if scored is not None:
+            rows += (_task_row(scored, gates, columns[name]["task"]),)
+        reports.append(_variant_report(package, name, records, rows, found[name].seconds, scored))
     about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
     if task is not None:
         about["task"] = task.name
-    return _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
+    provider = next((one.provider for one in found.values() if one.provider), "as in an earlier part of this run")
+    report = _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
+    return report if insides is None else _with_insides(report, insides)
+
+
+def _with_insides(report: Report, insides: "Insides") -> Report:
+    variants = [
+        replace(variant, layers=inside.layers, waterfall=inside.waterfall, bisect=inside.bisect)
+        for variant in report.variants
+        for inside in [insides.variants[variant.name]]
+    ]
+    rows = [row for inside in insides.variants.values() for row in inside.sweep]
+    return replace(report, variants=tuple(variants), noise=insides.noise, sweep=rows)
+
+
+def _look_inside(
+    package: Package,
+    checkpoint: Path,
+    reference: ReferenceModel,
+    samples: Sequence[Sample],
+    variants: Sequence[str],
+    rule: str | None,
+    plan: "Plan",
+    progress: Progress,
+) -> "Insides":
+    """The insides, on the first samples: the reference answers these once more, as nothing of it was kept."""
+    from .insides import look_inside  # torch is needed from here on
+
+    roles = _roles(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
+        with Model.load(package.path, variants[0], video_rule=rule) as model:
+            runs = run_reference(reference, model, samples[: plan.num_samples], 0, Path(folder), progress)
+        return look_inside(package, reference, roles, runs, variants, plan, progress)
+
+
+def _roles(checkpoint: Path) -> "Mapping[str, RoleSpec]":
+    from ..export.checkpoint import Checkpoint
+    from ..export.family import family_of, roles_of
+
+    opened = Checkpoint.open(checkpoint)
+    return roles_of(family_of(opened.config, checkpoint / "config.json"), opened.config, opened.documents)
 
 
 def validate_images(
@@ -103,6 +154,7 @@ def validate_images(
     variants: Sequence[str],
     gates: GateTable,
     progress: Progress,
+    plan: "Plan | None" = None,
 ) -> Report:
     """The same for a package without a decoder: embeddings and class scores of images."""
     reports: list[VariantReport] = []
@@ -117,9 +169,15 @@ def validate_images(
             provider = _provider(model)
         columns = stage_columns(package.variant(name))
         rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
-        reports.append(_variant_report(package, name, records, rows, started))
+        reports.append(_variant_report(package, name, records, rows, time.perf_counter() - started))
     about = {"checkpoint": checkpoint.name, "code": reference.origin}
-    return _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
+    report = _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
+    if plan is None:
+        return report
+    from .insides import look_inside_images
+
+    roles = _roles(checkpoint)
+    return _with_insides(report, look_inside_images(package, reference, roles, samples[-1], variants, plan, progress))
 
 
 def made_from(package: Package, checkpoint: Path) -> bool:
@@ -131,30 +189,6 @@ def made_from(package: Package, checkpoint: Path) -> bool:
 def _provider(model: Model) -> str:
     """What ONNX Runtime runs the graphs with, as the session says."""
     return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])
-
-
-def _run_variant(
-    model: Model,
-    name: str,
-    runs: Sequence[ReferenceRun],
-    num_detailed: int,
-    task: Task | None,
-    gates: GateTable,
-    columns: Mapping[str, str],
-    progress: Progress,
-) -> tuple[list[Comparison | NotCompared], TaskScore | None]:
-    records: list[Comparison | NotCompared] = []
-    answers: list[Answer] = []
-    for number, run in enumerate(runs):
-        progress(number, len(runs), f"{name}, {run.sample.id}")
-        if number < num_detailed:
-            records += compare_sample(model, run, gates.tie_margin[columns["generation"]])
-        if task is not None:
-            answer, record = ask(model, task.items[number], run)
-            answers.append(answer)
-            records.append(record)
-    progress(len(runs), len(runs), name)
-    return records, score(task, answers) if task is not None else None
 
 
 def _task_row(scored: TaskScore, gates: GateTable, column: str) -> StageRow:
@@ -182,7 +216,7 @@ def _variant_report(
     name: str,
     records: Sequence[Comparison | NotCompared],
     rows: tuple[StageRow, ...],
-    started: float,
+    seconds: float,
     scored: TaskScore | None = None,
 ) -> VariantReport:
     return VariantReport(
@@ -192,7 +226,7 @@ def _variant_report(
         rows=rows,
         not_compared=tuple(record for record in records if isinstance(record, NotCompared)),
         examples=worst_examples(record for record in records if isinstance(record, Comparison)),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         task=scored,
     )
 

@@ -1,0 +1,104 @@
+"""What a report says of the insides: layers, waterfall, sweep and noise; and a run that goes on where it stopped."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from vlmport.runtime.package import Package
+from vlmport.validate import shards
+from vlmport.validate.gates import DEFAULT_GATES
+from vlmport.validate.insides import Plan
+from vlmport.validate.journal import Journal
+from vlmport.validate.reference import load_reference
+from vlmport.validate.run import validate_reference
+from vlmport.validate.samples import built_in_samples
+from vlmport.validate.shards import JOURNAL_TYPES
+
+TINY_B = Path(__file__).parent / "goldens" / "qwen2_5_vl" / "tiny_b"
+VARIANTS = ["fp32", "int4"]
+
+
+def quiet(_done, _total, _what):
+    pass
+
+
+@pytest.fixture(scope="module")
+def validated(package_tiny_b, tmp_path_factory):
+    """(report, ids of samples that each of two runs asked the reference): the first run is stopped half way."""
+    package, folder = Package.open(package_tiny_b), tmp_path_factory.mktemp("journal")
+    samples = built_in_samples(package.manifest)[:4]
+    asked: list[list[str]] = []
+
+    def run(progress, plan):
+        reference = load_reference(TINY_B)
+        original, ids = reference.prefill, []
+        reference.prefill = lambda prepared: (ids.append(len(prepared.input_ids)), original(prepared))[1]
+        asked.append(ids)
+        with Journal(folder, "d" * 64, JOURNAL_TYPES) as journal:
+            return validate_reference(
+                package, TINY_B, reference, samples, None, VARIANTS, DEFAULT_GATES, progress, journal, plan
+            )
+
+    def stop(_done, _total, what):
+        if what == "int4, wide":
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_SHARD", 2)
+        with pytest.raises(KeyboardInterrupt):
+            run(stop, None)
+        whole = run(quiet, None)
+    inside = run(quiet, Plan(num_samples=2))
+    return whole, inside, asked
+
+
+def test_a_stopped_run_asks_the_reference_only_for_what_is_missing(validated):
+    whole, inside, (first, second, third) = validated
+    assert len(first) == 4
+    assert len(second) == 2, "the first shard was on record"
+    assert len(third) < 8
+    assert [row.stage for row in whole.variants[0].rows] == [row.stage for row in inside.variants[0].rows]
+    for one, other in zip(whole.variants, inside.variants, strict=True):
+        assert repr([row.values for row in one.rows]) == repr([row.values for row in other.rows])
+
+
+def test_every_layer_has_its_drift(validated):
+    _, report, _ = validated
+    for variant in report.variants:
+        stages = [layer.stage for layer in variant.layers]
+        assert stages[0] == "vision_encoder.patch_embed.proj"
+        assert {"vision_encoder.blocks.0", "vision_encoder.blocks.1", "decoder.layers.0", "decoder.layers.1"} <= set(
+            stages
+        )
+        assert "runtime.inputs_embeds" in stages
+        assert stages[-1] == "decoder.lm_head"
+    exact, rounded = (variant.layers[-1].relative_l2 for variant in report.variants)
+    assert exact < 1e-5 < rounded
+
+
+def test_the_waterfall_swaps_one_thing_a_step_and_ends_at_the_variant(validated):
+    _, report, _ = validated
+    exact, rounded = (variant.waterfall for variant in report.variants)
+    steps = {step.name: step for step in rounded.steps}
+    assert list(steps)[:3] == ["preprocessing", "export", "dtype"]
+    assert list(steps)[-3:] == ["activations", "cache", "provider"]
+    assert "weights:decoder" in steps
+    assert steps["export"].cumulative.mean < 1e-9
+    assert steps["weights:decoder"].alone.mean > 100 * steps["export"].alone.mean
+    assert steps["cache"].cumulative.n == rounded.num_positions == 32
+    sums = [step.added.mean for step in rounded.steps if step.skipped is None]
+    assert math.isclose(sum(sums), steps["cache"].cumulative.mean, rel_tol=1e-6)
+    assert all(step.skipped for step in rounded.steps if step.cumulative is None)
+    assert all(step.skipped or step.cumulative.mean < 1e-9 for step in exact.steps)
+    assert report.noise.kl.mean > exact.steps[1].cumulative.mean
+
+
+def test_inputs_that_bite_are_swept(validated):
+    _, report, _ = validated
+    cases = {row["case"] for row in report.sweep}
+    assert cases == {"aspect", "size", "window", "packing", "frames", "chunks", "cache_reuse", "batch"}
+    assert [row for row in report.sweep if row["outcome"] == "FAIL"] == []
+    skipped = [row for row in report.sweep if row["outcome"] is None]
+    assert len(skipped) < len(report.sweep) / 2
+    assert all(row["skipped"] for row in skipped)

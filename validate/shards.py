@@ -1,0 +1,174 @@
+"""Samples in shards: the reference over some of them, then each variant, and what is kept of them is small.
+
+A shard's arrays are on disk until its variants have run, so neither memory nor disk grows with the number of samples.
+With a journal every sample of a variant is on record once it is done, and a later run takes it from there; the
+reference runs again only for samples of which a variant is still to come.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..runtime.model import Model
+from ..runtime.package import Package
+from .compare import Choices, Comparison, NotCompared
+from .journal import Journal
+from .metrics import LogitErrors, TensorErrors
+from .reference import ReferenceModel, ReferenceRun, compare_sample, run_reference
+from .samples import Sample
+from .tasks import Answer, Task, ask
+
+__all__ = ["JOURNAL_TYPES", "Found", "Questions", "compare_in_shards"]
+
+Progress = Callable[[int, int, str], None]
+_SHARD = 32  # samples; an answer of 48 tokens over 150 000 words is 29 MB of logits on disk until its variants have run
+_KEPT_OPEN = 2 << 30  # bytes of all variants together, up to which they stay loaded from shard to shard
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An Answer without its item, which the task has."""
+
+    text: str
+    reference_text: str
+    num_tokens: int
+    seconds: float
+
+
+JOURNAL_TYPES = (Comparison, NotCompared, TensorErrors, LogitErrors, Choices, _Asked)
+
+
+@dataclass
+class Found:
+    """What is known of one variant after all shards, in the order of the samples."""
+
+    records: list[Comparison | NotCompared] = field(default_factory=list[Comparison | NotCompared])
+    answers: list[Answer] = field(default_factory=list[Answer])
+    provider: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked: samples, the first of them at every stage, and the task that they are of."""
+
+    samples: Sequence[Sample]
+    num_detailed: int
+    task: Task | None
+    tie_margin: Mapping[str, float]  # by variant, nats
+
+
+def compare_in_shards(
+    package: Package,
+    reference: ReferenceModel,
+    questions: Questions,
+    variants: Sequence[str],
+    video_rule: str | None,
+    journal: Journal | None,
+    progress: Progress,
+) -> dict[str, Found]:
+    """Every sample of every variant against the reference."""
+    found = {name: Found() for name in variants}
+    total = len(questions.samples) * (1 + len(variants))
+    keep = sum(package.size(name) for name in variants) <= _KEPT_OPEN
+    with ExitStack() as opened:
+        models: dict[str, Model] = {}
+        for start in range(0, len(questions.samples), _SHARD):
+            numbers = range(start, min(start + _SHARD, len(questions.samples)))
+
+            def told(done: int, _: int, what: str, start: int = start) -> None:
+                progress(min(start * (1 + len(variants)) + done, total), total, what)
+
+            with ExitStack() as shard:
+                scope = opened if keep else shard
+                started = time.perf_counter()
+                for name, number, records in _shard(
+                    package, reference, questions, variants, numbers, video_rule, journal, models, scope, told
+                ):
+                    _add(found[name], questions, number, records)
+                    found[name].seconds += time.perf_counter() - started
+                    started = time.perf_counter()
+                for name in variants:
+                    if name in models:
+                        found[name].provider = _provider(models[name])
+            if not keep:
+                models.clear()
+    progress(total, total, "compared")
+    return found
+
+
+Record = Comparison | NotCompared | _Asked
+
+
+def _shard(
+    package: Package,
+    reference: ReferenceModel,
+    questions: Questions,
+    variants: Sequence[str],
+    numbers: range,
+    video_rule: str | None,
+    journal: Journal | None,
+    models: dict[str, Model],
+    scope: ExitStack,
+    progress: Progress,
+) -> Iterator[tuple[str, int, list[Record]]]:
+    """(variant, number of the sample, its records), variants one after the other."""
+
+    def model_of(name: str) -> Model:
+        if name not in models:
+            models[name] = scope.enter_context(Model.load(package.path, name, video_rule=video_rule))
+        return models[name]
+
+    samples = [questions.samples[number] for number in numbers]
+    missing = {
+        (sample.id, name)
+        for sample in samples
+        for name in variants
+        if journal is None or (sample.id, name) not in journal
+    }
+    with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
+        wanted = [any((sample.id, name) in missing for name in variants) for sample in samples]
+        asked = [sample for sample, is_wanted in zip(samples, wanted, strict=True) if is_wanted]
+        num_detailed = sum(wanted[: max(questions.num_detailed - numbers.start, 0)])
+        runs: dict[str, ReferenceRun] = {}
+        if asked:
+            done = run_reference(reference, model_of(variants[0]), asked, num_detailed, Path(folder), progress)
+            runs = {run.sample.id: run for run in done}
+        for index, name in enumerate(variants):
+            for number, sample in zip(numbers, samples, strict=True):
+                progress(len(samples) * (1 + index) + number - numbers.start, 0, f"{name}, {sample.id}")
+                if journal is not None and (sample.id, name) not in missing:
+                    yield name, number, journal.read(sample.id, name)
+                    continue
+                records = _compare(model_of(name), name, questions, number, runs[sample.id])
+                if journal is not None:
+                    journal.append(sample.id, name, records)
+                yield name, number, records
+
+
+def _compare(model: Model, name: str, questions: Questions, number: int, run: ReferenceRun) -> list[Record]:
+    records: list[Record] = []
+    if number < questions.num_detailed:
+        records += compare_sample(model, run, questions.tie_margin[name])
+    if questions.task is not None:
+        answer, record = ask(model, questions.task.items[number], run)
+        records += [record, _Asked(answer.text, answer.reference_text, answer.num_tokens, answer.seconds)]
+    return records
+
+
+def _add(found: Found, questions: Questions, number: int, records: Sequence[Record]) -> None:
+    for record in records:
+        if isinstance(record, _Asked):
+            assert questions.task is not None
+            item = questions.task.items[number]
+            found.answers.append(Answer(item, record.text, record.reference_text, record.num_tokens, record.seconds))
+        else:
+            found.records.append(record)
+
+
+def _provider(model: Model) -> str:
+    """What ONNX Runtime runs the graphs with, as the session says."""
+    return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])

@@ -1,0 +1,274 @@
+"""Where the divergence of a variant comes from: a chain from the reference to the package, one thing swapped a step.
+
+    preprocessing        the runtime's pixels in place of the reference's own, both through the reference
+    export               float32 graphs in place of PyTorch
+    dtype                graphs of the roles that the variant stores in float16
+    weights:<role>       the quantized weights of one role, computed with in float32
+    activations          the variant's own kernels, which round activations too
+    cache                one token at a time through the cache in place of one pass over the whole answer
+    provider             what the variant runs on in place of the CPU
+
+Each step is told by its divergence from the reference (`cumulative`), by how much it changes that (`added`, paired over
+positions), and by its divergence from the step before (`alone`): KL is no distance, so that the sum of the last is not
+the first. KL(reference || step) in nats, float64, at the positions of the reference's own greedy answer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..runtime.package import Package
+from ..runtime.prepare import Prepared
+from ..runtime.session import GraphSession
+from .metrics import LogitErrors, logit_errors
+from .mixed import MixedModel, float_activations
+from .reference import ReferenceModel
+from .reference_taps import round_to_bfloat16
+from .stages import logits_without_cache, run_stages
+
+__all__ = [
+    "Added",
+    "Chain",
+    "Kl",
+    "Link",
+    "Step",
+    "Tally",
+    "Waterfall",
+    "chain_of",
+    "kl_of",
+    "measure",
+    "noise_errors",
+    "reference_logits",
+    "summarise",
+]
+
+Array = NDArray[Any]
+Float64 = NDArray[np.float64]
+_ROUNDS, _SEED = 1000, 20
+
+
+@dataclass(frozen=True)
+class Kl:
+    """Divergence over positions, in nats, with a bootstrap interval (95 %) of its mean; same_top1 is a share."""
+
+    n: int
+    mean: float
+    ci_low: float
+    ci_high: float
+    median: float
+    p99: float
+    p999: float
+    max: float
+    same_top1: float
+
+
+@dataclass(frozen=True)
+class Added:
+    """How much a step changes the mean divergence, paired position by position; bootstrap, 95 %."""
+
+    mean: float
+    ci_low: float
+    ci_high: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing swapped. `skipped` says why it was not measured; then there are no numbers."""
+
+    name: str
+    about: str
+    role: str | None = None
+    cumulative: Kl | None = None
+    alone: Kl | None = None
+    added: Added | None = None
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Waterfall:
+    num_samples: int
+    num_positions: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A step of a chain before it is measured: which graph each role runs from here on."""
+
+    name: str
+    about: str
+    role: str | None = None
+    graphs: Mapping[str, Path] = field(default_factory=dict[str, Path])
+    through_cache: bool = False
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The links of a variant behind the reference's own two, in their order."""
+
+    variant: str
+    links: tuple[Link, ...]
+
+
+@dataclass
+class Tally:
+    """Errors of the links of one chain, sample by sample."""
+
+    cumulative: dict[str, list[LogitErrors]] = field(default_factory=dict[str, list[LogitErrors]])
+    alone: dict[str, list[LogitErrors]] = field(default_factory=dict[str, list[LogitErrors]])
+
+
+def chain_of(package: Package, variant: str, folder: Path) -> Chain:
+    """What is swapped on the way to a variant. Graphs that are made for it go to `folder`."""
+    graphs = {role: package.graph_path(role, variant) for role in package.manifest.roles}
+    labels = {role: graph.precision for role, graph in package.variant(variant).graphs.items()}
+    floats = {role: path for role in graphs if (path := _float_graph(package, role)) is not None}
+    missing = sorted(set(graphs) - set(floats))
+    if missing:
+        reason = f"no variant of the package has {missing[0]} in float; export it with recipe fp32 among the others"
+        whole = Link("export", "everything but preprocessing: no float graphs to tell it apart", graphs=graphs)
+        return Chain(variant, (whole, Link("weights", "", skipped=reason), *_last(package, graphs)))
+    current = dict(floats)
+    links = [Link("export", "float32 graphs in place of PyTorch", graphs=dict(current))]
+    narrow = {role: graphs[role] for role, label in labels.items() if label.startswith("fp16")}
+    if any(path != current[role] for role, path in narrow.items()):
+        current |= narrow
+        links.append(Link("dtype", f"float16 in {', '.join(narrow)}", graphs=dict(current)))
+    else:
+        links.append(Link("dtype", "", skipped="what is not quantized is stored as the float graphs have it"))
+    for role, path in graphs.items():
+        if path == current[role]:
+            continue
+        exact = float_activations(path, folder) or path
+        current[role] = exact
+        links.append(Link(f"weights:{role}", f"{labels[role]} weights, float32 kernels", role, dict(current)))
+    return Chain(variant, (*links, *_last(package, graphs, changed=current != graphs)))
+
+
+def measure(
+    package: Package,
+    chain: Chain,
+    prepared: Prepared,
+    forced_ids: Sequence[int],
+    first: Array,
+    second: Array,
+    tally: Tally,
+    pool: dict[Path, GraphSession],
+    video_rule: str | None,
+) -> None:
+    """One sample through all links. `first` [N, V]: the reference on its own pixels; `second`: on the runtime's."""
+    _count(tally, "preprocessing", first, first, second)
+    before = second
+    for link in chain.links:
+        if link.skipped is not None:
+            continue
+        with_graphs = MixedModel(package, chain.variant, link.graphs, pool, video_rule)
+        visual = with_graphs.features(prepared)
+        embeds = with_graphs.embed(prepared, None if visual is None else visual.features)
+        if link.through_cache:
+            logits = run_stages(with_graphs, prepared, forced_ids).step_logits
+        else:
+            logits = logits_without_cache(with_graphs, prepared, embeds, forced_ids)
+        _count(tally, link.name, first, before, logits)
+        before = logits
+
+
+def summarise(chain: Chain, tally: Tally, preprocessing: str | None) -> Waterfall:
+    """The steps of a chain over all its samples. `preprocessing`: why that step was not measured, if it was not."""
+    steps = [
+        Step("preprocessing", "the runtime's pixels in place of the reference's own", skipped=preprocessing),
+        *(Step(link.name, link.about, link.role, skipped=link.skipped) for link in chain.links),
+    ]
+    before: Float64 | None = None
+    done: list[Step] = []
+    for step in steps:
+        if step.skipped is not None or step.name not in tally.cumulative:
+            done.append(step if step.skipped is not None else replace(step, skipped="no sample was measured"))
+            continue
+        cumulative, alone = (LogitErrors.join(side[step.name]) for side in (tally.cumulative, tally.alone))
+        added = _added(cumulative.kl - (np.zeros_like(cumulative.kl) if before is None else before))
+        before = cumulative.kl
+        done.append(replace(step, cumulative=kl_of(cumulative), alone=kl_of(alone), added=added))
+    parts = next(iter(tally.cumulative.values()), [])
+    return Waterfall(len(parts), sum(part.kl.size for part in parts), tuple(done))
+
+
+def kl_of(errors: LogitErrors) -> Kl:
+    """What a report says of divergences."""
+    found = errors.metrics(0.0)
+    return Kl(
+        n=found.count,
+        mean=found.kl_mean,
+        ci_low=found.kl_ci_low,
+        ci_high=found.kl_ci_high,
+        median=found.kl_median,
+        p99=found.kl_p99,
+        p999=found.kl_p999,
+        max=found.kl_max,
+        same_top1=found.same_top1,
+    )
+
+
+def reference_logits(reference: ReferenceModel, prepared: Prepared, forced_ids: Sequence[int]) -> Array:
+    """Logits [1 + N, V] of the reference after the prompt and after each forced id."""
+    steps = [reference.prefill(prepared)[0][-1]]
+    steps += [reference.step(int(token)) for token in forced_ids]
+    return np.stack(steps)
+
+
+def noise_errors(
+    reference: ReferenceModel,
+    requests: Sequence[tuple[Prepared, Sequence[int], Array]],
+    progress: Callable[[int], None],
+) -> list[LogitErrors]:
+    """The reference in bfloat16 against itself in float32, teacher-forced; it computes in bfloat16 from then on."""
+    round_to_bfloat16(reference)
+    errors: list[LogitErrors] = []
+    for number, (prepared, forced_ids, exact) in enumerate(requests):
+        progress(number)
+        errors.append(logit_errors(exact, reference_logits(reference, prepared, forced_ids)))
+    return errors
+
+
+def _count(tally: Tally, name: str, first: Array, before: Array, logits: Array) -> None:
+    tally.cumulative.setdefault(name, []).append(logit_errors(first, logits))
+    tally.alone.setdefault(name, []).append(logit_errors(before, logits))
+
+
+def _last(package: Package, graphs: Mapping[str, Path], *, changed: bool = True) -> list[Link]:
+    """The links that all chains end with: the variant as it is."""
+    about = "the variant's own kernels, which round activations"
+    activations = Link("activations", about, graphs=graphs)
+    if not changed:
+        activations = Link("activations", about, skipped="no kernel of this variant rounds activations")
+    cache = "a token at a time through the cache, as users run it"
+    stored = package.manifest.cache.dtype if package.manifest.cache is not None else "float32"
+    provider = "all steps run on one provider, that of the package's target"
+    return [
+        activations,
+        Link("cache", f"{cache}; keys and values in {stored}", graphs=graphs, through_cache=True),
+        Link("provider", "", skipped=provider),
+    ]
+
+
+def _float_graph(package: Package, role: str) -> Path | None:
+    """The graph that stores the weights of a role as widely as any variant does: float32, else float16."""
+    for wanted in ("fp32", "fp16"):
+        for name, variant in package.manifest.variants.items():
+            if variant.graphs[role].precision == wanted:
+                return package.graph_path(role, name)
+    return None
+
+
+def _added(difference: Float64) -> Added:
+    if difference.size < 2 or not np.isfinite(difference).all():
+        return Added(float(difference.mean()) if difference.size else float("nan"), float("nan"), float("nan"))
+    random = np.random.default_rng(_SEED)
+    means = [difference[random.integers(0, difference.size, difference.size)].mean() for _ in range(_ROUNDS)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Added(float(difference.mean()), float(low), float(high))
