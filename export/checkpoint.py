@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..runtime.errors import CheckpointError
+from .bitsandbytes import Packed, dequantized_rows, fold_packed
 from .family import Json, RowBlocks, TensorRef
 
 __all__ = ["Checkpoint", "CheckpointSource", "StoredTensor", "resolve"]
@@ -36,6 +37,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     rows: RowBlocks | None = None  # None: all
     transposed: bool = False  # its columns are the rows that are asked for
+    packed: Packed | None = None  # a weight in codes: shape is that of the weight
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Checkpoint:
                         f"{file}: tensor {name} is also in {tensors[name].file.name}; keep one of them"
                     )
                 tensors[name] = tensor
-        return cls(folder, documents["config.json"], documents, tensors)
+        return cls(folder, documents["config.json"], documents, fold_packed(tensors))
 
     @property
     def dtype(self) -> Dtype:
@@ -75,10 +77,11 @@ class Checkpoint:
 
         Matrices in several dtypes are "float32", the only one that holds all of them unchanged.
         """
-        if len({tensor.dtype for tensor in self.tensors.values() if len(tensor.shape) > 1}) > 1:
+        floats = [tensor for tensor in self.tensors.values() if tensor.packed is None]
+        if len({tensor.dtype for tensor in floats if len(tensor.shape) > 1}) > 1:
             return "float32"
         sizes: Counter[str] = Counter()
-        for tensor in self.tensors.values():
+        for tensor in floats:
             sizes[tensor.dtype] += math.prod(tensor.shape)
         return _DTYPES.get(sizes.most_common(1)[0][0], "float32")
 
@@ -104,6 +107,8 @@ class CheckpointSource:
     def rows(self, parameter: str, start: int, stop: int) -> np.ndarray:
         """Rows start to stop (axis 0) as C-contiguous float32 [stop - start, ...]."""
         tensor = self._tensors[parameter]
+        if tensor.packed is not None and tensor.rows is None and not tensor.transposed:
+            return dequantized_rows(tensor, start, stop)
         if tensor.transposed:
             return self._columns(parameter, start, stop)
         row = math.prod(tensor.shape[1:]) * _ITEM_SIZES[tensor.dtype]
@@ -163,7 +168,9 @@ def resolve(
                 problems.append(f"unexpected {name} {list(tensor.shape)}")
         elif tensor.shape != needed[name].shape:
             problems.append(f"{name} is {list(tensor.shape)}, config.json implies {list(needed[name].shape)}")
-        elif tensor.dtype not in _DTYPES:
+        elif tensor.packed is not None and (needed[name].rows is not None or needed[name].transposed):
+            problems.append(f"{name} is quantized, but used in parts")
+        elif tensor.packed is None and tensor.dtype not in _DTYPES:
             problems.append(f"{name} is {tensor.dtype}, of {', '.join(_DTYPES)} only")
     if problems:
         raise CheckpointError(f"{checkpoint.path}: {len(problems)} tensors do not fit: {'; '.join(problems)}")

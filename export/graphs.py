@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..quant.store import WeightSource
+from .bitsandbytes import keep_packed
 from .checkpoint import Checkpoint, CheckpointSource, resolve
 from .family import FamilySpec, RoleSpec, family_of
 from .lower import COMPUTE_DTYPE, Target, lower
@@ -55,10 +56,10 @@ def float_graphs(path: str | Path, target: Target, progress: Callable[[str], Non
         family.normalise,
         lambda name: family.unused(config, name),
     )
-    sources = {
-        name: CheckpointSource({p: stored[f"{name}/{p}"] for p in parameters}, parameters)
-        for name, parameters in shapes.items()
-    }
+    sources: dict[str, WeightSource] = {}
+    for name, parameters in shapes.items():
+        tensors = {parameter: stored[f"{name}/{parameter}"] for parameter in parameters}
+        sources[name] = keep_packed(graphs[name], tensors, CheckpointSource(tensors, parameters))
     sizes = {ref.name: ref.num_elements for ref in wanted.values()}
     return FloatGraphs(checkpoint, family, graphs, sources, sum(sizes.values()))
 

@@ -119,9 +119,10 @@ def _read_graph(package: Package, entry: GraphFile) -> ir.Model:
 
 def _source(package: Package, entry: GraphFile, graph: ir.Graph) -> GraphSource:
     """The weights that a float graph holds."""
-    tensors = {name: value.const_value for name, value in graph.initializers.items() if name in entry.formats}
+    floats = {name for name, label in entry.formats.items() if label.startswith("float")}  # the rest stays as it is
+    tensors = {name: value.const_value for name, value in graph.initializers.items() if name in floats}
     found = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    lost = sorted(set(entry.formats) - set(found))
+    lost = sorted(floats - set(found))
     path = package.path / "onnx" / entry.graph
     if lost or not found:
         raise PackageError(f"{path}: weights {lost[:3]} are not in the graph; export the checkpoint again")

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from ..runtime.errors import RecipeError
 from .dynamic import quantize_channels
+from .nf4 import quantize_flat
 from .pack import Piece, pack_codes, pack_zero_points
 from .rewrite import StoredTensor
 from .rtn import quantize_rows
@@ -25,6 +26,9 @@ def convert_rows(rows: npt.NDArray[np.float32], tensors: list[StoredTensor]) -> 
         channel_codes, channel_scales = quantize_channels(rows, name=name)
         return [channel_codes if tensor.piece == "quantized" else channel_scales for tensor in tensors]
     scale_dtype = next(tensor.dtype for tensor in tensors if tensor.piece == "scales")
+    if format.values != "integer":
+        packed, absmax = quantize_flat(rows, format.values, format.block_size, name=name)
+        return [packed if tensor.piece == "quantized" else absmax.astype(scale_dtype) for tensor in tensors]
     codes, scales, zero_points = quantize_rows(rows, format, scale_dtype=scale_dtype, name=name)
     # A linear stores the padding of its last block, a table does not: rows of the table's bytes tell the two apart.
     packed_columns = _packed_columns(tensors, format.bits)
@@ -42,7 +46,7 @@ def _packed_columns(tensors: list[StoredTensor], bits: int) -> int:
 
 
 def _cast(rows: npt.NDArray[np.float32], dtype: str, name: str) -> npt.NDArray[Any]:
-    if dtype == "float32":
+    if dtype in ("float32", "uint8"):
         return np.ascontiguousarray(rows)
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(rows.astype(np.float16))

@@ -21,6 +21,7 @@ from ..runtime.errors import CapacityError
 from ..runtime.manifest import FileEntry
 from .convert import convert_rows
 from .digest import FollowingDigest
+from .nf4 import whole_rows
 from .rewrite import StoredTensor
 
 __all__ = ["Progress", "Slot", "WeightSource", "constant_bytes", "disk_errors", "write_data"]
@@ -41,8 +42,8 @@ class WeightSource(Protocol):
         """Equal for two parameters, of any graphs, that are one tensor of the checkpoint."""
         ...
 
-    def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[np.float32]:
-        """Slices [start, stop) of axis 0: float32 [stop - start, ...]."""
+    def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[Any]:
+        """Slices [start, stop) of axis 0: float32 [stop - start, ...], or uint8 of what the graph has as uint8."""
         ...
 
 
@@ -136,7 +137,9 @@ class _Writer:
         for slot, array in zip(parameter.slots, convert_rows(rows, parameter.tensors), strict=True):
             columns = parameter.columns.get(str(slot.value.name))
             if columns is None:
-                num_bytes += self.put(slot, array.nbytes // len(array) * start, array.tobytes())
+                # What one row takes may be no whole number (quant/nf4.py); what the rows before take together is.
+                place = slot.num_bytes // array.itemsize * start // parameter.shape[0] * array.itemsize
+                num_bytes += self.put(slot, place, array.tobytes())
             else:
                 columns[:, start : start + len(array)] = array.T
         return num_bytes
@@ -176,11 +179,15 @@ def _parameters(slots: list[Slot]) -> Iterator[_Parameter]:
 
 def _chunks(parameter: _Parameter, source: WeightSource) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
     """Some rows at a time: number of the first, and the rows."""
-    name, shape = parameter.name, parameter.shape
+    name, shape, format = parameter.name, parameter.shape, parameter.tensors[0].format
     step = max(1, _CHUNK_BYTES // max(1, 4 * math.prod(shape[1:])))
+    if format is not None and format.is_table:
+        unit = whole_rows(shape[1], format.block_size)
+        step = -(-step // unit) * unit
     for start in range(0, shape[0], step):
         stop = min(start + step, shape[0])
         rows = source.rows(name, start, stop)
-        assert rows.dtype == np.float32, f"{name}: a source gives float32"
+        is_codes = parameter.tensors[0].piece == "whole" and parameter.tensors[0].dtype == "uint8"
+        assert rows.dtype == (np.uint8 if is_codes else np.float32), f"{name}: {rows.dtype} from the source"
         assert rows.shape == (stop - start, *shape[1:]), f"{name}: rows {rows.shape}"
         yield start, rows

@@ -29,10 +29,11 @@ __all__ = [
 ]
 
 METHODS = ("rtn",)
-BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4", "int8-dynamic")
+BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4", "nf4", "int8-dynamic")
 Target = Literal["cpu", "cuda"]  # what a package's graphs were lowered for
 _BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
 _DEFAULT_BLOCK = 32
+_TABLE_BLOCK = 64  # of nf4, as bitsandbytes has it
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower case, as some disks ignore case
 
 
@@ -47,6 +48,9 @@ class WeightFormat:
     activations "int8-dynamic" is for linears of the cpu target: bits 8, signed codes with a scale a channel, multiplied
     in integers with activations that are rounded to 8 bits with a scale a token (quant/dynamic.py). It has no blocks.
     `balance` lets such linears take over large channels of the norm in front of them (quant/balance.py).
+
+    values "nf4" and "fp4" are for linears: bits 4, codes of a table with the largest value of a block of the flattened
+    weight as its scale (quant/nf4.py), multiplied in the dtype of the activations.
     """
 
     bits: int
@@ -56,6 +60,7 @@ class WeightFormat:
     method: str = "rtn"
     activations: Literal["float", "int8-dynamic"] = "float"
     balance: bool = False
+    values: Literal["integer", "nf4", "fp4"] = "integer"
 
     def __post_init__(self) -> None:
         if self.bits not in (32, 16, 8, 4):
@@ -68,6 +73,9 @@ class WeightFormat:
             raise RecipeError(
                 "balance true: it is for rounded activations; leave it out, or use activations int8-dynamic"
             )
+        if self.is_table:
+            self._check_table()
+            return
         if not self.is_quantized or self.is_dynamic:
             if (self.block_size, self.symmetric, self.accuracy_level) != (_DEFAULT_BLOCK, False, 4):
                 what = "with activations int8-dynamic" if self.is_dynamic else "is a float and"
@@ -85,6 +93,16 @@ class WeightFormat:
                 "without it and falls back to one that is 90 times slower"
             )
 
+    def _check_table(self) -> None:
+        others = (self.symmetric, self.accuracy_level, self.method, self.activations)
+        if self.bits != 4 or others != (False, 4, "rtn", "float"):
+            raise RecipeError(
+                f"values {self.values}: takes bits 4 and a block_size, and no symmetric, accuracy_level, method or "
+                "activations: leave them out"
+            )
+        if self.block_size < _BLOCK_SIZES[0] or self.block_size & (self.block_size - 1):
+            raise RecipeError(f"block_size {self.block_size} with values {self.values}: use a power of two from 16 on")
+
     @property
     def is_quantized(self) -> bool:
         """True for codes with scales, False for floats."""
@@ -96,10 +114,17 @@ class WeightFormat:
         return self.activations == "int8-dynamic"
 
     @property
+    def is_table(self) -> bool:
+        """True for codes of a table: what MatMulBnb4 reads."""
+        return self.values != "integer"
+
+    @property
     def label(self) -> str:
-        """Short name for people: "float32", "float16", "int8", "int8-dynamic", "int4"."""
+        """Short name for people: "float32", "float16", "int8", "int8-dynamic", "int4", "nf4"."""
         if self.is_dynamic:
             return self.activations
+        if self.is_table:
+            return self.values
         return f"int{self.bits}" if self.is_quantized else f"float{self.bits}"
 
 
@@ -228,6 +253,10 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
         return (*towers, Rule("*/*.weight", blocks))
     if base == "int8-dynamic":
         return (Rule("embed_tokens/*.weight", blocks), Rule("*/*.weight", dynamic))
+    if base == "nf4":
+        table = WeightFormat(bits=4, block_size=_TABLE_BLOCK, values="nf4")
+        head = Rule("decoder/lm_head.weight", int8)
+        return None if block else (*towers, head, Rule("decoder/*.weight", table), Rule("*/*.weight", int8))
     return (
         *towers,
         Rule("decoder/lm_head.weight", int8),  # errors of the head go straight into the logits

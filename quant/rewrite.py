@@ -2,7 +2,8 @@
 
 A float graph names a weight by its parameter and uses it in one of two nodes:
 
-    linear     com.microsoft.FusedMatMul(x, W), transB = 1, W [N, K]  ->  com.microsoft.MatMulNBits, or
+    linear     com.microsoft.FusedMatMul(x, W), transB = 1, W [N, K]  ->  com.microsoft.MatMulNBits,
+                                                                          com.microsoft.MatMulBnb4 (quant/nf4.py) or
                                                                           vlmport.IntegerLinear (quant/dynamic.py)
     embedding  Gather(W, ids), axis 0, W [V, D]                       ->  com.microsoft.GatherBlockQuantized
 
@@ -10,6 +11,7 @@ A parameter is an initializer without a const_value: its bytes come from a Weigh
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,10 +19,20 @@ import onnx_ir as ir
 
 from ..runtime.errors import RecipeError
 from .dynamic import channel_shapes, integer_linear
+from .nf4 import flat_shapes
 from .pack import Piece, gather_shapes, linear_shapes
 from .recipe import Recipe, Target, WeightFormat
 
-__all__ = ["StoredTensor", "piece_names", "restore_float", "rewrite"]
+__all__ = [
+    "StoredTensor",
+    "is_linear",
+    "kept_formats",
+    "linear_node",
+    "linear_pieces",
+    "piece_names",
+    "restore_float",
+    "rewrite",
+]
 
 # Names of the initializers of a quantized weight, as ONNX Runtime's own quantizers give them.
 _SUFFIX: dict[Piece, str] = {"quantized": "_Q", "scales": "_scales", "zero_points": "_zero_points"}
@@ -55,6 +67,11 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * {"float32": 4, "float16": 2, "uint8": 1, "int8": 1}[self.dtype]
+
+    @property
+    def is_kept(self) -> bool:
+        """True for codes that the checkpoint itself holds."""
+        return self.dtype == "uint8" and self.piece == "whole"
 
     @property
     def stored_as(self) -> str:
@@ -99,6 +116,18 @@ def piece_names(parameter: str) -> dict[str, Piece]:
     return {f"{parameter}{_SUFFIX.get(piece, '')}": piece for piece in ("whole", *_SUFFIX)}
 
 
+def kept_formats(graph: ir.Graph) -> dict[str, str]:
+    """How linears are stored whose codes the graph reads, by parameter: also those that no recipe has reached."""
+    found: dict[str, str] = {}
+    for node in graph:
+        codes = node.inputs[1].name if node.op_type in ("MatMulBnb4", "MatMulNBits") and node.inputs[1] else None
+        if codes is not None and codes.endswith(_SUFFIX["quantized"]):
+            table = "nf4" if node.attributes.get_int("quant_type", 0) else "fp4"
+            label = table if node.op_type == "MatMulBnb4" else f"int{node.attributes.get_int('bits', 4)}"
+            found[codes.removesuffix(_SUFFIX["quantized"])] = label
+    return found
+
+
 def restore_float(model: ir.Model) -> None:
     """Takes back, in place, what `rewrite` did for bits 16 in a float32 graph: float16 weights and their Casts."""
     graph = model.graph
@@ -124,7 +153,7 @@ def _uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
     return [(use.node, use.idx) for use in value.uses()]
 
 
-def _is_linear(node: ir.Node, index: int) -> bool:
+def is_linear(node: ir.Node, index: int) -> bool:
     """True where the node is a linear and the input its weight. FusedMatMul defaults: alpha 1, all else 0."""
     number = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = number.get("alpha", 1.0) == 1.0 and not any(
@@ -145,7 +174,7 @@ def _is_weight(value: ir.Value) -> bool:
     if value.const_value is not None or value.dtype not in _FLOATS or value.shape is None or len(value.shape) != 2:
         return False
     uses = _uses(value)
-    linear = [_is_linear(*use) and use[0].graph is value.graph for use in uses]
+    linear = [is_linear(*use) and use[0].graph is value.graph for use in uses]
     embedding = [_is_embedding(*use) and use[0].graph is value.graph for use in uses]
     if not any(linear) and not any(embedding):
         return False
@@ -169,6 +198,8 @@ def _check_rules(recipe: Recipe, role: str, weights: list[str], target: Target) 
 
 def _whole(value: ir.Value, format: WeightFormat | None) -> StoredTensor:
     name, shape = str(value.name), _shape(value)
+    if value.dtype == ir.DataType.UINT8:  # codes that the checkpoint holds: nothing is to be changed about them
+        return StoredTensor(name, name, "whole", "uint8", shape, shape)
     if value.dtype not in _FLOATS:
         raise RecipeError(f"{name}: parameters are float32 or float16, not {value.dtype}; give its values in the graph")
     dtype = "float32" if value.dtype == ir.DataType.FLOAT else "float16"
@@ -183,12 +214,14 @@ def _shape(value: ir.Value) -> tuple[int, ...]:
 def _quantize(model: ir.Model, value: ir.Value, format: WeightFormat) -> list[tuple[ir.Value, StoredTensor]]:
     """Replaces the nodes that use a weight; gives its new initializers."""
     name, (num_rows, num_columns) = str(value.name), _shape(value)
-    is_linear = _is_linear(*_uses(value)[0])
+    of_linear = is_linear(*_uses(value)[0])
     if format.is_dynamic:
-        _check_dynamic(value, is_linear)
+        _check_dynamic(value, of_linear)
         shapes = channel_shapes(num_rows, num_columns)
-    elif is_linear:
-        shapes = linear_shapes(num_rows, num_columns, format)
+    elif of_linear:
+        shapes = linear_pieces(num_rows, num_columns, format)
+    elif format.is_table:
+        raise RecipeError(f"{value.name}: an embedding has no values {format.values}; give it bits 8 or 4 alone")
     else:
         shapes = gather_shapes(num_rows, num_columns, format, name)
     assert value.dtype is not None
@@ -212,17 +245,17 @@ def _quantize(model: ir.Model, value: ir.Value, format: WeightFormat) -> list[tu
     for node, _ in _uses(value):
         if format.is_dynamic:
             new = integer_linear(model, node, values)
-        elif is_linear:
-            new = _linear_node(node, values, format, num_rows, num_columns)
+        elif of_linear:
+            new = linear_node(node, values, format, num_rows, num_columns)
         else:
             new = _gather_node(node, values, format)
         ir.convenience.replace_nodes_and_values(model.graph, node, [node], [new], node.outputs, new.outputs)
     return pieces
 
 
-def _check_dynamic(value: ir.Value, is_linear: bool) -> None:
+def _check_dynamic(value: ir.Value, of_linear: bool) -> None:
     """Raises RecipeError where activations cannot be rounded: a table has none, and cuda has no kernel."""
-    if not is_linear:
+    if not of_linear:
         raise RecipeError(f"{value.name}: a table has no activations to round; give it bits 8 alone")
     if value.dtype != ir.DataType.FLOAT:
         raise RecipeError(
@@ -230,9 +263,20 @@ def _check_dynamic(value: ir.Value, is_linear: bool) -> None:
         )
 
 
-def _linear_node(
+def linear_pieces(num_rows: int, num_columns: int, format: WeightFormat) -> Mapping[Piece, tuple[int, ...]]:
+    """Shapes of the initializers of the node that `linear_node` makes."""
+    if format.is_table:
+        return flat_shapes(num_rows, num_columns, format.block_size)
+    return linear_shapes(num_rows, num_columns, format)
+
+
+def linear_node(
     node: ir.Node, pieces: list[ir.Value], format: WeightFormat, num_rows: int, num_columns: int
 ) -> ir.Node:
+    """The node that takes the place of a linear, a weight in blocks before it; not yet in the graph."""
+    if format.is_table:
+        table = {"K": num_columns, "N": num_rows, "block_size": format.block_size, "quant_type": format.values == "nf4"}
+        return ir.node("MatMulBnb4", [node.inputs[0], *pieces], table, domain="com.microsoft", name=node.name)
     attributes = {
         "K": num_columns,
         "N": num_rows,
@@ -261,7 +305,7 @@ def _store_float(graph: ir.Graph, value: ir.Value, format: WeightFormat, recipe:
         )
     uses = _uses(value)
     value.type = ir.TensorType(wanted)  # not value.dtype: that would change the type of every clone
-    if _is_linear(*uses[0]):
+    if is_linear(*uses[0]):
         cast = _cast(value, f"{value.name}{_WIDENED}")
         first = next(node for node in graph if any(node is user for user, _ in uses))
         graph.insert_before(first, cast)

@@ -21,7 +21,7 @@ from ..runtime.package import file_entry
 from .data_file import Progress, Slot, WeightSource, constant_bytes, disk_errors, write_data
 from .pack import Piece
 from .recipe import WeightFormat
-from .rewrite import StoredTensor, piece_names
+from .rewrite import StoredTensor, kept_formats, piece_names
 
 __all__ = ["Content", "Place", "Progress", "WeightSource", "WrittenGraph", "places", "write_graph"]
 
@@ -97,7 +97,12 @@ def write_graph(
     files = {graph_path.name: file_entry(graph_path), data_path.name: data_entry}
     inputs = {str(value.name): _tensor_info(value) for value in model.graph.inputs}
     outputs = {str(value.name): _tensor_info(value) for value in model.graph.outputs}
-    formats = {tensor.parameter: tensor.stored_as for tensor in stored if len(tensor.parameter_shape) > 1}
+    formats = kept_formats(model.graph)
+    formats |= {
+        tensor.parameter: tensor.stored_as
+        for tensor in stored
+        if len(tensor.parameter_shape) > 1 and not tensor.is_kept
+    }
     shared = tuple(sorted({slot.shared for slot in slots if slot.shared is not None}))
     return WrittenGraph(graph_path.name, data_path.name, files, inputs, outputs, formats, shared)
 

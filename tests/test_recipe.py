@@ -172,7 +172,7 @@ def test_bad_files_are_told_in_one_line(text: str, words: str, tmp_path: Path) -
 
 
 def test_bad_names_and_options(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="known are fp32, fp16, int8, int4, int8-dynamic"):
+    with pytest.raises(RecipeError, match="known are fp32, fp16, int8, int4, nf4, int8-dynamic"):
         load_recipe("int5")
     with pytest.raises(RecipeError, match="known methods are rtn"):
         load_recipe("int4", method="magic")

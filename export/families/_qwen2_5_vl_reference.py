@@ -19,6 +19,7 @@ from transformers.vision_utils import get_vision_window_index
 from ...runtime.errors import CheckpointError
 from ...runtime.image import Patches
 from ...runtime.prepare import Prepared
+from ..bitsandbytes import compute_in_float32
 
 __all__ = ["Reference", "load"]
 
@@ -52,6 +53,7 @@ def load(folder: Path) -> "Reference":
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise CheckpointError(f"{folder}: transformers cannot fill the model: {wrong}; download the checkpoint again")
+    compute_in_float32(model)
     return Reference(model.eval(), folder)
 
 
