@@ -11,6 +11,7 @@ from ..export.build import export_checkpoint
 from ..export.lower import TARGETS
 from ..quant.recipe import BUILTIN_NAMES, load_recipe
 from ..validate.selfcheck import write_selfcheck
+from .calibration import add_calibration, calibration_options
 from .progress import Progress
 from .table import table
 
@@ -30,19 +31,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--block-size", metavar="N", type=int, help="weights a scale in 4-bit and 8-bit recipes (default: 32)"
     )
+    add_calibration(parser)
     parser.add_argument("--target", choices=TARGETS, default="cpu", help="what the graphs will run on (default: cpu)")
     parser.add_argument("--overwrite", action="store_true", help="replace PACKAGE if it is a package")
 
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    recipes = [load_recipe(name, block_size=args.block_size) for name in dict.fromkeys(args.recipe or ["fp32"])]
+    recipes = [
+        load_recipe(name, block_size=args.block_size, method=args.method)
+        for name in dict.fromkeys(args.recipe or ["fp32"])
+    ]
     with Progress("export") as progress:
         package = export_checkpoint(
             args.checkpoint,
             args.output,
             recipes,
             target=args.target,
+            calibration=calibration_options(args),
             overwrite=args.overwrite,
             progress=progress,
             # A package whose graphs cannot answer is not put in place. Answers are recorded only where the graphs run.

@@ -6,13 +6,18 @@ The package is never half-written: interrupted at any moment, it is what it was 
 import argparse
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..quant.apply import quantize_package
-from ..quant.recipe import BUILTIN_NAMES, METHODS, Recipe, load_recipe
-from ..runtime.errors import CheckpointError
+from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, Recipe, load_recipe
+from ..runtime.errors import CheckpointError, RecipeError
 from ..runtime.package import Package, file_entry
 from ..validate.selfcheck import write_selfcheck
+from .calibration import add_calibration, calibration_options
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from ..export.calibrate import CalibrationOptions, Calibrator
 
 __all__ = ["add_arguments", "execute"]
 
@@ -23,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="R", required=True, help=f"{', '.join(BUILTIN_NAMES)} or a .json file; names the variant"
     )
     parser.add_argument("--block-size", metavar="N", type=int, help="weights a scale in int8 and int4 (default: 32)")
-    parser.add_argument("--method", metavar="M", help=f"how codes are found: {', '.join(METHODS)} (default: rtn)")
+    add_calibration(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="CHECKPOINT",
@@ -36,11 +41,18 @@ def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     recipe = load_recipe(args.recipe, block_size=args.block_size, method=args.method)
     before = Package.open(args.package)
+    options = calibration_options(args)
+    if options is not None and not recipe.is_calibrated(target=before.manifest.target):
+        raise RecipeError(
+            f"--calibration {options.folder}: no method of {recipe.name} looks at data; leave it out, "
+            f"or give --method {', '.join(CALIBRATED_METHODS)}"
+        )
     with Progress("quantize") as progress:
+        calibrate = None if options is None else _calibrator(before, options, progress)
         if args.checkpoint is None:
-            after = quantize_package(args.package, recipe, progress=progress)
+            after = quantize_package(args.package, recipe, progress=progress, calibrate=calibrate)
         else:
-            after = _from_checkpoint(before, args.checkpoint, recipe, progress)
+            after = _from_checkpoint(before, args.checkpoint, recipe, progress, calibrate)
     is_new = recipe.name not in before.manifest.variants
     golden = after.path / "parity" / "golden"
     if golden.is_dir() and (is_new or not (golden / f"{recipe.name}.npz").is_file()):  # else nothing to extend
@@ -56,7 +68,15 @@ def execute(args: argparse.Namespace) -> int:
     return 0
 
 
-def _from_checkpoint(package: Package, checkpoint: Path, recipe: Recipe, progress: Progress) -> Package:
+def _calibrator(package: Package, options: "CalibrationOptions", progress: Progress) -> "Calibrator":
+    from ..export.calibrate import package_calibrator  # torch is needed from here on
+
+    return package_calibrator(package, options, progress)
+
+
+def _from_checkpoint(
+    package: Package, checkpoint: Path, recipe: Recipe, progress: Progress, calibrate: "Calibrator | None"
+) -> Package:
     from ..export.checkpoint import Checkpoint  # these two need torch, which the package's own weights do not
     from ..export.graphs import float_graphs
 
@@ -64,4 +84,6 @@ def _from_checkpoint(package: Package, checkpoint: Path, recipe: Recipe, progres
         if package.manifest.source.files.get(file.name) != file_entry(file):
             raise CheckpointError(f"{file}: is not what {package.path} was made from; give the checkpoint it came from")
     graphs = float_graphs(checkpoint, package.manifest.target, lambda what: progress(0, 0, what))
-    return quantize_package(package.path, recipe, graphs=graphs.graphs, sources=graphs.sources, progress=progress)
+    return quantize_package(
+        package.path, recipe, graphs=graphs.graphs, sources=graphs.sources, progress=progress, calibrate=calibrate
+    )

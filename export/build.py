@@ -17,9 +17,10 @@ from ..quant.variant import write_variant
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import SCHEMA, CacheSpec, FileEntry, Manifest, Source, Variant
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
+from .calibrate import CalibrationOptions, Calibrator, check_calibration, prompt_builder
 from .checkpoint import Checkpoint
 from .documents import collect_documents
-from .family import ManifestParts
+from .family import ManifestParts, roles_of
 from .graphs import FloatGraphs, float_graphs
 from .lower import COMPUTE_DTYPE, Target
 from .output import check_output, whole_folder
@@ -36,12 +37,14 @@ def export_checkpoint(
     *,
     target: Target = "cpu",
     overwrite: bool = False,
+    calibration: CalibrationOptions | None = None,
     progress: Progress = lambda done, total, what: None,
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> Package:
     """Writes the package of a checkpoint with one variant a recipe, and opens it.
 
-    `overwrite` replaces an existing package, and nothing else. `progress(done_bytes, total_bytes, what)`; 0 bytes
+    `overwrite` replaces an existing package, and nothing else. `calibration` is for recipes whose methods look at
+    activations. `progress(done_bytes, total_bytes, what)`; 0 bytes
     while tracing. `finish(folder)` may add to the package before it is put in its place; where it raises, nothing is.
     Raises CheckpointError, RecipeError, PackageError (output exists) or CapacityError (disk), leaving the output as it
     was.
@@ -49,9 +52,10 @@ def export_checkpoint(
     target_folder = Path(output)
     check_output(target_folder, overwrite)
     _check_names(recipes)
+    check_calibration(recipes, target, calibration)
     # Hashing what is read takes as long as tracing, and goes on beside it.
     with FileDigests(Checkpoint.open(checkpoint).files) as digests:
-        _export(checkpoint, target_folder, recipes, target, digests, progress, finish)
+        _export(checkpoint, target_folder, recipes, target, calibration, digests, progress, finish)
     return Package.open(target_folder)
 
 
@@ -60,6 +64,7 @@ def _export(
     output: Path,
     recipes: Sequence[Recipe],
     target: Target,
+    calibration: CalibrationOptions | None,
     digests: FileDigests,
     progress: Progress,
     finish: Callable[[Path], None],
@@ -75,7 +80,11 @@ def _export(
     with whole_folder(output) as folder:
         for name, content in documents.items():
             (folder / name).write_bytes(content)
-        variants, written = _write_variants(graphs, target, recipes, folder / "onnx", progress)
+        calibrate = None
+        if calibration is not None:
+            roles = roles_of(graphs.family, graphs.checkpoint.config, graphs.checkpoint.documents)
+            calibrate = Calibrator(calibration, roles, parts, prompt_builder(parts, documents), progress)
+        variants, written = _write_variants(graphs, target, recipes, folder / "onnx", calibrate, progress)
         files = {name: file_entry(folder / name) for name in documents} | written
         manifest = _manifest(graphs, parts, target, variants, files, digests.entries())
         (folder / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
@@ -91,7 +100,12 @@ def _check_names(recipes: Sequence[Recipe]) -> None:
 
 
 def _write_variants(
-    graphs: FloatGraphs, target: Target, recipes: Sequence[Recipe], folder: Path, progress: Progress
+    graphs: FloatGraphs,
+    target: Target,
+    recipes: Sequence[Recipe],
+    folder: Path,
+    calibrate: Calibrator | None,
+    progress: Progress,
 ) -> tuple[dict[str, Variant], dict[str, FileEntry]]:
     """Variants by name, and the files under onnx/."""
     folder.mkdir()
@@ -107,6 +121,7 @@ def _write_variants(
             folder,
             progress,
             open_tables=lambda entry: (ir.load(folder / entry.graph).graph, graphs.sources["embed_tokens"]),
+            calibrate=calibrate,
         )
         files |= new
     return variants, files

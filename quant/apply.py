@@ -24,7 +24,7 @@ from ..runtime.schema import to_json
 from .recipe import Recipe
 from .rewrite import restore_float
 from .store import Progress, WeightSource
-from .variant import write_variant
+from .variant import Calibrate, write_variant
 
 __all__ = ["GraphSource", "open_float_graph", "quantize_package"]
 
@@ -65,21 +65,23 @@ def quantize_package(
     graphs: Mapping[str, ir.Model] | None = None,
     sources: Mapping[str, WeightSource] | None = None,
     progress: Progress | None = None,
+    calibrate: Calibrate | None = None,
 ) -> Package:
     """Adds the variant `recipe.name` to the package and gives the package as it is then.
 
     Float graphs and weights come from `graphs` and `sources` by role, or else from a variant of the package that holds
-    the weights as the checkpoint does. Files that another variant has already are shared. Does nothing where the same
-    variant is there already. Raises RecipeError, PackageError, CapacityError.
+    the weights as the checkpoint does. Files that another variant has already are shared. `calibrate` is for recipes
+    whose methods look at activations. Does nothing where the same variant is there already. Raises RecipeError,
+    PackageError, CapacityError.
     """
     Package.open(path)  # before anything in the folder is touched
     with only_writer(Path(path)):
         package = Package.open(path)
-        if _is_there(package, recipe):
+        if _is_there(package, recipe, calibrate):
             return package
         staging = _clean_staging(package)
         try:
-            manifest = _build(package, recipe, staging, graphs, sources, progress)
+            manifest = _build(package, recipe, staging, graphs, sources, progress, calibrate)
             _publish(package.path, staging, manifest)
         finally:
             shutil.rmtree(staging)
@@ -129,10 +131,14 @@ def _source(package: Package, entry: GraphFile, graph: ir.Graph) -> GraphSource:
     return GraphSource(path, found)
 
 
-def _is_there(package: Package, recipe: Recipe) -> bool:
+def _is_there(package: Package, recipe: Recipe, calibrate: Calibrate | None) -> bool:
     variant = package.manifest.variants.get(recipe.name)
     if variant is not None and variant.recipe != to_json(recipe):
         raise RecipeError(f"{package.path}: has a variant {recipe.name!r} by other rules; give the recipe another name")
+    if variant is not None and calibrate is not None and variant.calibration != calibrate.record:
+        raise RecipeError(
+            f"{package.path}: has a variant {recipe.name!r} calibrated on other data; give the recipe another name"
+        )
     return variant is not None
 
 
@@ -143,6 +149,7 @@ def _build(
     graphs: Mapping[str, ir.Model] | None,
     sources: Mapping[str, WeightSource] | None,
     progress: Progress | None,
+    calibrate: Calibrate | None,
 ) -> Manifest:
     """Writes the files that are not in the package yet into `staging`; gives the manifest with the new variant."""
     manifest = package.manifest
@@ -170,6 +177,7 @@ def _build(
         staging,
         progress,
         open_tables=open_tables,
+        calibrate=calibrate,
     )
     variants = manifest.variants | {recipe.name: variant}
     return dataclasses.replace(manifest, variants=variants, files=dict(sorted((manifest.files | files).items())))

@@ -1,6 +1,7 @@
 """Rows of a weight as the bytes of each initializer that holds a part of it."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy.typing as npt
 
 from ..runtime.errors import RecipeError
 from .dynamic import quantize_channels
+from .hqq import hqq_rows
 from .nf4 import quantize_flat
 from .pack import Piece, pack_codes, pack_zero_points
 from .rewrite import StoredTensor
@@ -16,8 +18,13 @@ from .rtn import quantize_rows
 __all__ = ["convert_rows"]
 
 
-def convert_rows(rows: npt.NDArray[np.float32], tensors: list[StoredTensor]) -> list[npt.NDArray[Any]]:
-    """The bytes of some rows for each piece of their weight, in the order of `tensors`."""
+def convert_rows(
+    rows: npt.NDArray[np.float32], tensors: list[StoredTensor], found: Mapping[Piece, npt.NDArray[Any]] | None = None
+) -> list[npt.NDArray[Any]]:
+    """The bytes of some rows for each piece of their weight, in the order of `tensors`.
+
+    `found` are the pieces of these rows that calibration found; without them the rows alone decide.
+    """
     name, format = tensors[0].parameter, tensors[0].format
     if format is None or not format.is_quantized:
         (tensor,) = tensors
@@ -29,7 +36,10 @@ def convert_rows(rows: npt.NDArray[np.float32], tensors: list[StoredTensor]) -> 
     if format.values != "integer":
         packed, absmax = quantize_flat(rows, format.values, format.block_size, name=name)
         return [packed if tensor.piece == "quantized" else absmax.astype(scale_dtype) for tensor in tensors]
-    codes, scales, zero_points = quantize_rows(rows, format, scale_dtype=scale_dtype, name=name)
+    if found is not None:
+        return [found[tensor.piece].astype(tensor.dtype, copy=False) for tensor in tensors]
+    find = hqq_rows if format.method == "hqq" else quantize_rows
+    codes, scales, zero_points = find(rows, format, scale_dtype=scale_dtype, name=name)
     # A linear stores the padding of its last block, a table does not: rows of the table's bytes tell the two apart.
     packed_columns = _packed_columns(tensors, format.bits)
     pieces: dict[Piece, npt.NDArray[Any]] = {

@@ -6,12 +6,12 @@ What is written does not depend on the number of threads: each row of each slot 
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Hashable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,16 @@ from ..runtime.errors import CapacityError
 from ..runtime.manifest import FileEntry
 from .convert import convert_rows
 from .digest import FollowingDigest
+from .found import FoundCodes
 from .nf4 import whole_rows
 from .rewrite import StoredTensor
+from .source import WeightSource
 
 __all__ = ["Progress", "Slot", "WeightSource", "constant_bytes", "disk_errors", "write_data"]
 
 Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is at work
 
 _CHUNK_BYTES = 4 << 20  # float32 bytes of a chunk; there is one more of them in memory than there are threads
-
-
-class WeightSource(Protocol):
-    """Where the float values of parameters come from."""
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
-        ...
-
-    def origin(self, parameter: str) -> Hashable:
-        """Equal for two parameters, of any graphs, that are one tensor of the checkpoint."""
-        ...
-
-    def rows(self, parameter: str, start: int, stop: int) -> npt.NDArray[Any]:
-        """Slices [start, stop) of axis 0: float32 [stop - start, ...], or uint8 of what the graph has as uint8."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -76,16 +62,24 @@ class _Parameter:
 
 
 def write_data(
-    file: int, path: Path, size: int, slots: list[Slot], source: WeightSource, progress: Progress | None
+    file: int,
+    path: Path,
+    size: int,
+    slots: list[Slot],
+    source: WeightSource,
+    progress: Progress | None,
+    found: Mapping[str, FoundCodes] = {},
 ) -> FileEntry:
     """Fills `file`, opened at `path`, to `size` bytes, but for what other files have, and syncs it.
+
+    `found` has codes by parameter; those of other parameters follow from their values.
 
     Raises what the source and the conversion raise, and CapacityError where the disk cannot take it.
     """
     with disk_errors(path, size):
         os.ftruncate(file, size)
     slots = [slot for slot in slots if slot.shared is None]
-    writer, total = _Writer(file, path, size), sum(slot.num_bytes for slot in slots)
+    writer, total = _Writer(file, path, size, found), sum(slot.num_bytes for slot in slots)
     done = sum(writer.put(slot, 0, constant_bytes(slot.value)) for slot in slots if slot.stored is None)
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with FollowingDigest(file) as digest, ThreadPoolExecutor(threads, "quantize") as pool:
@@ -117,8 +111,8 @@ def write_data(
 class _Writer:
     """Puts bytes into slots. Threads may share one."""
 
-    def __init__(self, file: int, path: Path, size: int) -> None:
-        self._file, self._path, self._size = file, path, size
+    def __init__(self, file: int, path: Path, size: int, found: Mapping[str, FoundCodes]) -> None:
+        self._file, self._path, self._size, self._found = file, path, size, found
 
     def put(self, slot: Slot, position: int, data: bytes) -> int:
         """Writes at `position` in the slot; gives the number of bytes."""
@@ -134,7 +128,9 @@ class _Writer:
     def put_rows(self, parameter: _Parameter, start: int, rows: npt.NDArray[np.float32]) -> int:
         """Converts rows from `start` and writes them to each slot, those that are columns aside."""
         num_bytes = 0
-        for slot, array in zip(parameter.slots, convert_rows(rows, parameter.tensors), strict=True):
+        codes = self._found.get(parameter.name)
+        found = None if codes is None else codes.rows(start, start + len(rows))
+        for slot, array in zip(parameter.slots, convert_rows(rows, parameter.tensors, found), strict=True):
             columns = parameter.columns.get(str(slot.value.name))
             if columns is None:
                 # What one row takes may be no whole number (quant/nf4.py); what the rows before take together is.

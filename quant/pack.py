@@ -6,8 +6,8 @@ com.microsoft.MatMulNBits            B uint8 [N, B, S * bits / 8], scales [N * B
 com.microsoft.GatherBlockQuantized   data uint8 [N, K * bits / 8], scales [N, B], zero_points uint8 [N, Z]
 with Z = ceil(B * bits / 8)
 
-Two 4-bit codes share a byte, the first in the low half. A row of zero points is padded to a whole byte of its own, so
-each row of each array has its own bytes and a weight can be packed in any chunks of rows.
+Two 4-bit or four 2-bit codes share a byte, the first in the lowest bits. A row of zero points is padded to a whole byte
+of its own, so each row of each array has its own bytes and a weight can be packed in any chunks of rows.
 """
 
 from typing import Literal
@@ -56,21 +56,25 @@ def pack_codes(codes_NK: Uint8, format: WeightFormat, num_columns: int) -> Uint8
     codes_NK = codes_NK[:, :num_columns]
     if format.bits == 8:
         return np.ascontiguousarray(codes_NK)
-    return _pairs(codes_NK)
+    return _share_bytes(codes_NK, format.bits)
 
 
 def pack_zero_points(zero_points_NB: Uint8, format: WeightFormat) -> Uint8:
     """Zero points uint8 [N, B] to bytes uint8 [N, ceil(B * bits / 8)]."""
     if format.bits == 8:
         return zero_points_NB
-    if zero_points_NB.shape[1] % 2:
-        zero_points_NB = np.pad(zero_points_NB, ((0, 0), (0, 1)))
-    return _pairs(zero_points_NB)
+    missing = -zero_points_NB.shape[1] % (8 // format.bits)
+    return _share_bytes(np.pad(zero_points_NB, ((0, 0), (0, missing))), format.bits)
 
 
-def _pairs(codes_NK: Uint8) -> Uint8:
-    both = np.ascontiguousarray(codes_NK).view("<u2")  # the first code in the low byte, the second in the high one
-    return (both | both >> 4).astype(np.uint8)
+def _share_bytes(codes_NK: Uint8, bits: int) -> Uint8:
+    """Codes of 4 or 2 bits, as many a row as fill whole bytes."""
+    codes_NK = np.ascontiguousarray(codes_NK)
+    if bits == 4:
+        both = codes_NK.view("<u2")  # the first code in the low byte, the second in the high one
+        return (both | both >> 4).astype(np.uint8)
+    four = codes_NK.view("<u4")
+    return (four | four >> 6 | four >> 12 | four >> 18).astype(np.uint8)
 
 
 def _row_bytes(num_values: int, bits: int) -> int:

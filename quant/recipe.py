@@ -7,7 +7,7 @@ computes in.
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -18,6 +18,7 @@ from ..runtime.schema import SchemaError, from_json
 
 __all__ = [
     "BUILTIN_NAMES",
+    "CALIBRATED_METHODS",
     "METHODS",
     "Recipe",
     "Rule",
@@ -26,14 +27,18 @@ __all__ = [
     "file_stem",
     "load_recipe",
     "precision_label",
+    "with_method",
 ]
 
-METHODS = ("rtn",)
-BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4", "nf4", "int8-dynamic")
+METHODS = ("rtn", "hqq", "awq", "gptq", "awq+gptq")
+CALIBRATED_METHODS = ("awq", "gptq", "awq+gptq")  # those that look at activations
+BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4", "nf4", "int2", "int8-dynamic")
 Target = Literal["cpu", "cuda"]  # what a package's graphs were lowered for
 _BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
+_BLOCK_SIZES_OF_2_BITS = (32, 64, 128)  # of the others it computes 50 times slower
 _DEFAULT_BLOCK = 32
 _TABLE_BLOCK = 64  # of nf4, as bitsandbytes has it
+_TABLE_AND_HEAD = ("embed_tokens/*.weight", "decoder/lm_head.weight")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower case, as some disks ignore case
 
 
@@ -41,9 +46,11 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower ca
 class WeightFormat:
     """How the values of a weight are stored.
 
-    bits 32 and 16 are floats. bits 8 and 4 are unsigned codes in blocks of `block_size` values along a row, each block
-    with a scale of its own and, unless symmetric, a zero point. `accuracy_level` goes to MatMulNBits: 0 computes in the
-    dtype of the activations, 1 in float32, 4 with 8-bit activations. `method` finds the codes.
+    bits 32 and 16 are floats. bits 8, 4 and 2 are unsigned codes in blocks of `block_size` values along a row, each
+    block with a scale of its own and, unless symmetric, a zero point. `accuracy_level` goes to MatMulNBits: 0 computes
+    in the dtype of the activations, 1 in float32, 4 with 8-bit activations. `method` finds the codes: "rtn"
+    (quant/rtn.py) and "hqq" (quant/hqq.py) look at the weight alone, "awq", "gptq" and "awq+gptq" at activations too
+    (quant/calibrate.py).
 
     activations "int8-dynamic" is for linears of the cpu target: bits 8, signed codes with a scale a channel, multiplied
     in integers with activations that are rounded to 8 bits with a scale a token (quant/dynamic.py). It has no blocks.
@@ -63,8 +70,8 @@ class WeightFormat:
     values: Literal["integer", "nf4", "fp4"] = "integer"
 
     def __post_init__(self) -> None:
-        if self.bits not in (32, 16, 8, 4):
-            raise RecipeError(f"bits {self.bits}: use 32, 16, 8 or 4")
+        if self.bits not in (32, 16, 8, 4, 2):
+            raise RecipeError(f"bits {self.bits}: use 32, 16, 8, 4 or 2")
         if self.method not in METHODS:
             raise RecipeError(f"method {self.method!r} is unknown; known methods are {', '.join(METHODS)}")
         if self.activations == "int8-dynamic" and self.bits != 8:
@@ -75,23 +82,14 @@ class WeightFormat:
             )
         if self.is_table:
             self._check_table()
-            return
-        if not self.is_quantized or self.is_dynamic:
-            if (self.block_size, self.symmetric, self.accuracy_level) != (_DEFAULT_BLOCK, False, 4):
+        elif not self.has_blocks:
+            if (self.block_size, self.symmetric, self.accuracy_level, self.method) != (_DEFAULT_BLOCK, False, 4, "rtn"):
                 what = "with activations int8-dynamic" if self.is_dynamic else "is a float and"
                 raise RecipeError(
-                    f"bits {self.bits} {what} has no block_size, symmetric or accuracy_level: leave them out"
+                    f"bits {self.bits} {what} has no block_size, symmetric, accuracy_level or method: leave them out"
                 )
-            return
-        if self.block_size not in _BLOCK_SIZES:
-            raise RecipeError(f"block_size {self.block_size}: use one of {', '.join(map(str, _BLOCK_SIZES))}")
-        if self.accuracy_level not in (0, 1, 4):
-            raise RecipeError(f"accuracy_level {self.accuracy_level}: use 0, 1 or 4 (8-bit activations)")
-        if self.bits == 8 and self.accuracy_level != 4:
-            raise RecipeError(
-                f"accuracy_level {self.accuracy_level} with bits 8: use 4; ONNX Runtime has no kernel for 8-bit blocks "
-                "without it and falls back to one that is 90 times slower"
-            )
+        else:
+            self._check_blocks()
 
     def _check_table(self) -> None:
         others = (self.symmetric, self.accuracy_level, self.method, self.activations)
@@ -103,20 +101,46 @@ class WeightFormat:
         if self.block_size < _BLOCK_SIZES[0] or self.block_size & (self.block_size - 1):
             raise RecipeError(f"block_size {self.block_size} with values {self.values}: use a power of two from 16 on")
 
+    def _check_blocks(self) -> None:
+        if self.block_size not in _BLOCK_SIZES:
+            raise RecipeError(f"block_size {self.block_size}: use one of {', '.join(map(str, _BLOCK_SIZES))}")
+        if self.bits == 2 and self.block_size not in _BLOCK_SIZES_OF_2_BITS:
+            sizes = ", ".join(map(str, _BLOCK_SIZES_OF_2_BITS))
+            raise RecipeError(
+                f"block_size {self.block_size} with bits 2: use one of {sizes}; ONNX Runtime has no kernel for others"
+            )
+        if self.accuracy_level not in (0, 1, 4):
+            raise RecipeError(f"accuracy_level {self.accuracy_level}: use 0, 1 or 4 (8-bit activations)")
+        if self.bits in (8, 2) and self.accuracy_level != 4:
+            raise RecipeError(
+                f"accuracy_level {self.accuracy_level} with bits {self.bits}: use 4; ONNX Runtime has no kernel for "
+                f"{self.bits}-bit blocks without it and falls back to one that is tens of times slower"
+            )
+
     @property
     def is_quantized(self) -> bool:
         """True for codes with scales, False for floats."""
         return self.bits < 16
 
     @property
-    def is_dynamic(self) -> bool:
-        """True where activations are rounded to 8 bits too, with a scale a token."""
-        return self.activations == "int8-dynamic"
+    def has_blocks(self) -> bool:
+        """True for codes in blocks: what MatMulNBits and GatherBlockQuantized read."""
+        return self.is_quantized and not self.is_dynamic and not self.is_table
 
     @property
     def is_table(self) -> bool:
         """True for codes of a table: what MatMulBnb4 reads."""
         return self.values != "integer"
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True where the codes depend on activations, so that calibration data are needed."""
+        return self.method in CALIBRATED_METHODS
+
+    @property
+    def is_dynamic(self) -> bool:
+        """True where activations are rounded to 8 bits too, with a scale a token."""
+        return self.activations == "int8-dynamic"
 
     @property
     def label(self) -> str:
@@ -154,6 +178,10 @@ class Rule:
     def parameter_glob(self) -> str:
         return self.match.partition("/")[2]
 
+    def reaches(self, match: str) -> bool:
+        """True where the rule covers what `match`, of another rule, names exactly or by a narrower glob."""
+        return self.match != match and fnmatchcase(match, self.match)
+
     def covers(self, role: str, parameter: str, target: Target) -> bool:
         """True where the rule is about this parameter. Capitals count, on every system."""
         is_for = self.target in (None, target)
@@ -176,6 +204,15 @@ class Recipe:
         if builtin is not None and builtin != self.rules:
             raise RecipeError(f"recipe {self.name}: this builtin recipe has other rules; choose another name")
 
+    def is_calibrated(self, role: str | None = None, target: Target = "cpu") -> bool:
+        """True where a rule that can reach the role, or any, needs calibration data."""
+        return any(
+            rule.format.is_calibrated
+            and rule.target in (None, target)
+            and (role is None or fnmatchcase(role, rule.role_glob))
+            for rule in self.rules
+        )
+
     def format_of(self, role: str, parameter: str, target: Target = "cpu") -> WeightFormat | None:
         """The format of a weight, or None where no rule covers it."""
         return next((rule.format for rule in self.rules if rule.covers(role, parameter, target)), None)
@@ -185,7 +222,7 @@ def load_recipe(name: str, *, block_size: int | None = None, method: str | None 
     """A builtin recipe by name, or one from a JSON file `{"name": ..., "rules": [{"match": ..., "format": {...}}]}`.
 
     `block_size` makes a variation of a builtin one: "int4" with 128 is "int4_b128", whose 8-bit parts stay as in "int4"
-    so that the two share files; fp32 and fp16 have no blocks and stay what they are. `method` says how codes are found.
+    so that the two share files; fp32 and fp16 have no blocks and stay what they are. `method`: see `with_method`.
     Raises RecipeError with the file, the field and the fix.
     """
     if method is not None and method not in METHODS:
@@ -198,17 +235,47 @@ def load_recipe(name: str, *, block_size: int | None = None, method: str | None 
         name = _block_name(name, block_size)
     builtin = _builtin_rules(name)
     if builtin is not None:
-        return Recipe(name, builtin)
+        return with_method(Recipe(name, builtin), method)
     if name.endswith(".json") or "/" in name:
-        return _read_recipe(Path(name))
+        return with_method(_read_recipe(Path(name)), method)
     raise RecipeError(f"recipe {name!r} is unknown; known are {', '.join(BUILTIN_NAMES)}; or give a path to a .json")
+
+
+def with_method(recipe: Recipe, method: str | None) -> Recipe:
+    """The recipe with another method for the rules with the fewest bits: "int4" with "awq" is "int4_awq".
+
+    Tables and the head, which may be the table again, stay as they are. None and "rtn" change no recipe of rtn alone;
+    nor is there anything to change in one without blocks. Raises RecipeError on an unknown method.
+    """
+    if method is None:
+        return recipe
+    if method not in METHODS:
+        raise RecipeError(f"method {method!r} is unknown; known methods are {', '.join(METHODS)}")
+    bits = min((rule.format.bits for rule in recipe.rules if rule.format.has_blocks), default=0)
+    rules: list[Rule] = []
+    for rule in recipe.rules:
+        if rule.format.bits != bits or not rule.format.has_blocks or rule.format.method == method:
+            rules.append(rule)
+            continue
+        kept = [match for match in _TABLE_AND_HEAD if rule.reaches(match)]
+        if rule.match not in _TABLE_AND_HEAD:
+            rules += [replace(rule, match=match) for match in kept]
+            rules.append(replace(rule, format=replace(rule.format, method=method)))
+        else:
+            rules.append(rule)
+    if tuple(rules) == recipe.rules:
+        return recipe
+    return Recipe(f"{recipe.name}_{method.replace('+', '-')}", tuple(rules))
 
 
 def precision_label(recipe: Recipe, role: str, target: Target = "cpu") -> str:
     """What the files of a role are called by. Equal labels mean equal content, so variants share files by it.
 
-    It is the name of the builtin recipe that says the same about this role, else the recipe's own name.
+    It is the name of the builtin recipe that says the same about this role, else the recipe's own name: also wherever
+    codes depend on activations, which are those of this recipe.
     """
+    if recipe.is_calibrated(role, target):
+        return recipe.name
     said = _said_about(recipe.rules, role, target)
     for base in BUILTIN_NAMES:
         for block_size in (_DEFAULT_BLOCK, *(_BLOCK_SIZES if base.startswith("int") else ())):
@@ -257,10 +324,12 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
         table = WeightFormat(bits=4, block_size=_TABLE_BLOCK, values="nf4")
         head = Rule("decoder/lm_head.weight", int8)
         return None if block else (*towers, head, Rule("decoder/*.weight", table), Rule("*/*.weight", int8))
+    if base == "int2" and block_size not in _BLOCK_SIZES_OF_2_BITS:
+        return None
     return (
         *towers,
         Rule("decoder/lm_head.weight", int8),  # errors of the head go straight into the logits
-        Rule("decoder/*.weight", WeightFormat(bits=4, block_size=block_size)),
+        Rule("decoder/*.weight", WeightFormat(bits=int(base[3:]), block_size=block_size)),
         Rule("*/*.weight", int8),
     )
 

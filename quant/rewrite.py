@@ -153,7 +153,7 @@ def _uses(value: ir.Value) -> list[tuple[ir.Node, int]]:
     return [(use.node, use.idx) for use in value.uses()]
 
 
-def is_linear(node: ir.Node, index: int) -> bool:
+def is_linear(node: ir.Node, index: int = 1) -> bool:
     """True where the node is a linear and the input its weight. FusedMatMul defaults: alpha 1, all else 0."""
     number = {name: attribute.value for name, attribute in node.attributes.items()}
     plain = number.get("alpha", 1.0) == 1.0 and not any(

@@ -14,10 +14,12 @@ import numpy.typing as npt
 from ..runtime.errors import CheckpointError, RecipeError
 from .recipe import WeightFormat
 
-__all__ = ["Float32", "Uint8", "dequantize_rows", "num_blocks", "quantize_rows"]
+__all__ = ["Codes", "Float32", "Uint8", "dequantize_rows", "num_blocks", "quantize_rows", "round_to"]
 
 Float32 = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
+# Codes uint8 [N, B * S] (beyond K the zero point), scales float32 [N, B], zero points uint8 [N, B].
+Codes = tuple[Uint8, Float32, Uint8]
 
 # Blocks with a smaller scale are stored as zeros: float kernels flush subnormals to zero anyway.
 _SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
@@ -29,9 +31,7 @@ def num_blocks(num_columns: int, block_size: int) -> int:
     return -(-num_columns // block_size)
 
 
-def quantize_rows(
-    W_NK: Float32, format: WeightFormat, *, scale_dtype: str = "float32", name: str = "weight"
-) -> tuple[Uint8, Float32, Uint8]:
+def quantize_rows(W_NK: Float32, format: WeightFormat, *, scale_dtype: str = "float32", name: str = "weight") -> Codes:
     """Quantizes rows of a weight.
 
     W_NK: float32 [N, K]. Returns codes uint8 [N, B * block_size] (beyond K the zero point, which stands for 0),
@@ -126,3 +126,8 @@ def _round_up(exact: npt.NDArray[np.float64], dtype: str) -> Float32:
     # Numbers above zero stand in the order of their bits, so the next one is one further.
     rounded.view(f"u{rounded.itemsize}")[:] += short
     return rounded.astype(np.float32)
+
+
+def round_to(values: Float32, dtype: str) -> Float32:
+    """The nearest values of `dtype`, "float32" or "float16", as float32."""
+    return values.astype(dtype).astype(np.float32)

@@ -19,6 +19,7 @@ from ..runtime.errors import CapacityError, CheckpointError
 from ..runtime.manifest import FileEntry, GraphFile, TensorInfo
 from ..runtime.package import file_entry
 from .data_file import Progress, Slot, WeightSource, constant_bytes, disk_errors, write_data
+from .found import FoundCodes
 from .pack import Piece
 from .recipe import WeightFormat
 from .rewrite import StoredTensor, kept_formats, piece_names
@@ -68,10 +69,12 @@ def write_graph(
     progress: Progress | None = None,
     *,
     known: Mapping[Content, Place] = {},
+    found: Mapping[str, FoundCodes] = {},
 ) -> WrittenGraph:
     """Writes `<stem>.onnx` and `<stem>.onnx_data` into `folder` and syncs them; `stored` is what `rewrite` gave.
 
-    A parameter whose bytes `known` has, all of them, is not stored again: the graph reads them there. The initializers
+    A parameter whose bytes `known` has, all of them, is not stored again: the graph reads them there. `found` has the
+    codes of weights that calibration found, by parameter. The initializers
     of `model` get their values as it goes. Raises CheckpointError where the source's shapes or values
     do not fit, CapacityError where the disk cannot take the files; then neither file is left.
     """
@@ -84,7 +87,7 @@ def write_graph(
         with disk_errors(data_path, data_size):
             file = os.open(data_path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
-            data_entry = write_data(file, data_path, data_size, slots, source, progress)
+            data_entry = write_data(file, data_path, data_size, slots, source, progress, found)
         finally:
             os.close(file)
         _fill_initializers(slots, data_path.name)

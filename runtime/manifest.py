@@ -13,6 +13,7 @@ __all__ = [
     "SCHEMA",
     "SQUARE_STRATEGIES",
     "CacheSpec",
+    "Calibration",
     "ConnectorSpec",
     "FileEntry",
     "GenerationDefaults",
@@ -295,10 +296,25 @@ class GraphFile:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The data that codes of a variant were found on, and how their rows counted."""
+
+    name: str  # of the folder
+    sha256: str  # of the samples and their images
+    num_samples: int
+    num_tokens: int  # of prompts and answers
+    seed: int  # that drew the samples from the folder
+    image_weight: float  # of a row of the decoder
+    text_weight: float
+    answer_weight: float
+
+
+@dataclass(frozen=True)
 class Variant:
     name: str
     recipe: dict[str, Any]  # quant.recipe.Recipe as JSON
     graphs: dict[str, GraphFile]  # by role
+    calibration: Calibration | None = None  # None where no method of the recipe looks at data
 
 
 @dataclass(frozen=True)

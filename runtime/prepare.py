@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,7 +15,7 @@ from PIL import Image
 from .errors import InputError, PackageError
 from .generate import Timings
 from .image import Patches, load_image, preprocess_images, source_label
-from .manifest import Manifest
+from .manifest import ImageSpec, PositionSpec, PromptSpec, VideoSpec
 from .messages import Visual, read_messages
 from .positions import VisualRun, positions
 from .prompt import PromptBuilder
@@ -23,7 +23,20 @@ from .session import Array
 from .slices import Pictures, cut_picture
 from .video import load_clip, preprocess_clip
 
-__all__ = ["Prepared", "prepare_ids", "prepare_messages"]
+__all__ = ["Prepared", "RequestParts", "prepare_ids", "prepare_messages"]
+
+
+class RequestParts(Protocol):
+    """What of a manifest a request needs; also there before a package is."""
+
+    @property
+    def image(self) -> ImageSpec | None: ...
+    @property
+    def video(self) -> VideoSpec | None: ...
+    @property
+    def positions(self) -> PositionSpec | None: ...
+    @property
+    def prompt(self) -> PromptSpec | None: ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ class Prepared:
 
 def prepare_messages(
     builder: PromptBuilder,
-    manifest: Manifest,
+    manifest: RequestParts,
     messages: Sequence[Mapping[str, Any]],
     options: Mapping[str, Any],
     *,
@@ -120,7 +133,11 @@ def prepare_messages(
 
 
 def prepare_ids(
-    builder: PromptBuilder, manifest: Manifest, input_ids: Array, images: Sequence[Patches], videos: Sequence[Patches]
+    builder: PromptBuilder,
+    manifest: RequestParts,
+    input_ids: Array,
+    images: Sequence[Patches],
+    videos: Sequence[Patches],
 ) -> Prepared:
     """The same from ids [S] whose placeholders are expanded already. Raises InputError where counts do not match."""
     ids = np.asarray(input_ids, np.int64)
@@ -132,7 +149,7 @@ def prepare_ids(
 
 
 def _place(
-    manifest: Manifest, text: str, ids: Array, visuals: Sequence[Patches], runs: Sequence[VisualRun]
+    manifest: RequestParts, text: str, ids: Array, visuals: Sequence[Patches], runs: Sequence[VisualRun]
 ) -> Prepared:
     if manifest.positions is None:
         raise PackageError(
@@ -158,7 +175,7 @@ def _place_around(hidden: Array, prepared: Prepared) -> Prepared:
     return replace(prepared, position_ids=place, visible=visible)
 
 
-def _load(manifest: Manifest, visual: Visual) -> tuple[Patches | Pictures, Timings]:
+def _load(manifest: RequestParts, visual: Visual) -> tuple[Patches | Pictures, Timings]:
     """What one visual becomes, and the time it took to decode and to cut it up."""
     if manifest.image is None or (visual.kind == "video" and manifest.video is None):
         raise InputError(f"{visual.where}: this model takes no {visual.kind}; leave it out")
@@ -182,7 +199,7 @@ def _load(manifest: Manifest, visual: Visual) -> tuple[Patches | Pictures, Timin
     return item, Timings(decode_image=decoded - started, preprocess=time.perf_counter() - decoded)
 
 
-def _cut(frames: Sequence[Image.Image], manifest: Manifest, visual: Visual, label: str) -> Pictures:
+def _cut(frames: Sequence[Image.Image], manifest: RequestParts, visual: Visual, label: str) -> Pictures:
     """An image or each frame of a clip in tiles. A list of frames is so many images; a clip has defaults of its own."""
     assert manifest.image is not None
     options, video = visual.image_options, manifest.video

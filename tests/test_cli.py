@@ -22,9 +22,10 @@ from vlmport.cli.table import table
 from vlmport.runtime.errors import InputError
 
 # A change here is a change for everybody's scripts: the changelog has to tell it.
+CALIBRATION = ("--method", "--calibration", "--calibration-samples", "--calibration-seed")
 OPTIONS = {
-    "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", "--target", "--overwrite"],
-    "quantize": ["PACKAGE", "--recipe", "--block-size", "--method", "--checkpoint"],
+    "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", *CALIBRATION, "--target", "--overwrite"],
+    "quantize": ["PACKAGE", "--recipe", "--block-size", *CALIBRATION, "--checkpoint"],
     "prepare": ["PACKAGE", "--variant", "--list", "--remove", "--json"],
     "run": [
         *("PACKAGE", "PROMPT", "--image", "--video", "--system", "--variant", "--json"),

@@ -287,7 +287,7 @@ def test_from_the_checkpoint(package_tiny_a: Path, tmp_path: Path, capsys: pytes
     ("options", "words"),
     [
         (["--recipe", "int5"], "recipe 'int5' is unknown; known are fp32, fp16, int8, int4"),
-        (["--recipe", "int4", "--method", "gptq"], "method 'gptq' is unknown; known methods are rtn"),
+        (["--recipe", "int4", "--method", "best"], "method 'best' is unknown; known methods are rtn"),
         (["--recipe", "int4", "--block-size", "100"], "block size 100: use one of"),
         (["--recipe", "missing.json"], "missing.json: no such file"),
     ],

@@ -138,7 +138,10 @@ def test_from_a_file(tmp_path: Path) -> None:
         ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": true}}]}', "expected of type int"),
         ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 4, "block": 32}}]}', "unknown field 'block'"),
         ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 4, "block_size": 48}}]}', "block_size 48"),
-        ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 8, "accuracy_level": 0}}]}', "90 times slower"),
+        (
+            '{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 8, "accuracy_level": 0}}]}',
+            "tens of times slower",
+        ),
         ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 4, "accuracy_level": 3}}]}', "use 0, 1 or 4"),
         ('{"name": "m", "rules": [{"match": "*/*", "format": {"bits": 16, "block_size": 64}}]}', "leave them out"),
         (
@@ -172,7 +175,7 @@ def test_bad_files_are_told_in_one_line(text: str, words: str, tmp_path: Path) -
 
 
 def test_bad_names_and_options(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="known are fp32, fp16, int8, int4, nf4, int8-dynamic"):
+    with pytest.raises(RecipeError, match="known are fp32, fp16, int8, int4"):
         load_recipe("int5")
     with pytest.raises(RecipeError, match="known methods are rtn"):
         load_recipe("int4", method="magic")

@@ -1,0 +1,48 @@
+"""The arguments of `export` and `quantize` that say how codes are found."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..quant.recipe import METHODS
+from ..quant.samples import SAMPLES_NAME
+from ..runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from ..export.calibrate import CalibrationOptions
+
+__all__ = ["add_calibration", "calibration_options"]
+
+_DEFAULT_SAMPLES = 128
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """--method, --calibration, --calibration-samples, --calibration-seed."""
+    parser.add_argument(
+        "--method",
+        metavar="M",
+        help=f"how codes of the fewest bits are found: {', '.join(METHODS)}; names the variant int4_awq and the like",
+    )
+    parser.add_argument(
+        "--calibration", metavar="DIR", type=Path, help=f"images and {SAMPLES_NAME}, for methods that look at data"
+    )
+    parser.add_argument(
+        "--calibration-samples", metavar="N", type=int, help=f"how many of them to take (default: {_DEFAULT_SAMPLES})"
+    )
+    parser.add_argument("--calibration-seed", metavar="N", type=int, help="which of them to take (default: 0)")
+
+
+def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None":
+    """What the arguments say, or None without --calibration. Raises InputError where they do not go together."""
+    for name in ("calibration_samples", "calibration_seed"):
+        value = getattr(args, name)
+        if value is not None and args.calibration is None:
+            raise InputError(f"--{name.replace('_', '-')} {value}: goes with --calibration DIR; give both or none")
+    if args.calibration is None:
+        return None
+    from ..export.calibrate import CalibrationOptions  # torch is needed from here on
+
+    num_samples = _DEFAULT_SAMPLES if args.calibration_samples is None else args.calibration_samples
+    if num_samples < 1:
+        raise InputError(f"--calibration-samples {num_samples}: at least one is needed, better a hundred")
+    return CalibrationOptions(args.calibration, num_samples=num_samples, seed=args.calibration_seed or 0)

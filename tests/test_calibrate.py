@@ -1,0 +1,276 @@
+"""Calibration from samples to a package: folds are exact, methods run on every role, and what is wrong is told."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from golden_cases import GOLDENS
+
+from vlmport.cli.main import main
+from vlmport.export.calibrate import CalibrationOptions, package_calibrator, read_rows
+from vlmport.export.family import family_of, roles_of
+from vlmport.export.stages import RoleStages
+from vlmport.quant.apply import open_float_graph, quantize_package
+from vlmport.quant.folds import Fold, find_folds
+from vlmport.quant.found import FoundRole
+from vlmport.quant.recipe import Recipe, Rule, WeightFormat, load_recipe
+from vlmport.quant.rewrite import rewrite
+from vlmport.quant.store import write_graph
+from vlmport.runtime import load
+from vlmport.runtime.package import Package
+from vlmport.validate.samples import draw_picture
+
+TINY = GOLDENS / "tiny_a"
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three samples with a picture and an answer each, one of text alone."""
+    folder = tmp_path_factory.mktemp("calibration")
+    lines = []
+    for number, (width, height) in enumerate([(84, 56), (56, 112), (112, 84)]):
+        draw_picture(number, width, height).save(folder / f"{number}.png")
+        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What is it?"}]
+        lines.append({"id": str(number), "messages": [{"role": "user", "content": content}], "answers": ["a house"]})
+    lines.append({"id": "text", "messages": [{"role": "user", "content": "Say something."}]})
+    (folder / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return folder
+
+
+@pytest.fixture
+def package(package_tiny_a: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(package_tiny_a, tmp_path / "package"))
+
+
+def logits(package: Path, variant: str) -> np.ndarray:
+    model = load(package, variant=variant)
+    picture = {"type": "image", "image": draw_picture(9, 84, 84)}
+    prepared = model.prepare([{"role": "user", "content": [picture, {"type": "text", "text": "And this?"}]}])
+    visual = model.features(prepared)
+    assert visual is not None
+    embeds = model.embed(prepared, visual.features)
+    cache = model.new_cache(len(embeds) + 1)
+    return model.prefill(prepared.seen(embeds), prepared.seen_positions, cache, all_logits=True)
+
+
+def folds_of(package: Path, role: str) -> dict[str, Fold]:
+    """By the first of the readers."""
+    return {fold.readers[0]: fold for fold in find_folds(open_float_graph(Package.open(package), role)[0].graph)}
+
+
+def test_folds_are_found_in_every_block(package_tiny_a: Path) -> None:
+    decoder, tower = (folds_of(package_tiny_a, role) for role in ("decoder", "vision_encoder"))
+    block = "layers.1."
+    assert decoder[f"{block}self_attn.q_proj.weight"].readers == tuple(
+        f"{block}self_attn.{name}_proj.weight" for name in "qkv"
+    )
+    shared = decoder[f"{block}self_attn.o_proj.weight"]
+    assert [rows.parameter for rows in shared.writers] == [
+        f"{block}self_attn.v_proj.weight",
+        f"{block}self_attn.v_proj.bias",
+    ]
+    assert shared.num_channels * 2 == len(shared.channels), "two query heads read one value head"
+    assert f"{block}mlp.down_proj.weight" in decoder
+    assert "blocks.1.mlp.down_proj.weight" in tower
+    fused = tower["blocks.1.attn.proj.weight"]
+    assert [rows.start for rows in fused.writers] == [128, 128], "values are the last third"
+    (merger,) = folds_of(package_tiny_a, "projector").values()
+    assert len(merger.channels) == 4 * merger.num_channels, "four patches side by side"
+
+
+def test_a_fold_leaves_the_function_alone(package_tiny_a: Path, tmp_path: Path) -> None:
+    """Any factors in every fold at once: the graphs of both towers say the same in float32."""
+    package = Package.open(package_tiny_a)
+    random = np.random.default_rng(0)
+    for role in ("decoder", "projector", "vision_encoder"):
+        outputs = []
+        for folded in (False, True):
+            model, source = open_float_graph(package, role)
+            found = FoundRole(tmp_path)
+            for fold in find_folds(model.graph) if folded else ():
+                factors = np.exp(random.normal(0, 1, fold.num_channels)).astype(np.float32)
+                for name in fold.readers:
+                    before = found.column_factors.get(name, np.float32(1))
+                    found.column_factors[name] = before * factors[fold.channels]
+                for rows in fold.writers:
+                    initializer = model.graph.initializers[rows.parameter]
+                    inverse = np.ones(initializer.shape[0], np.float32)
+                    inverse[rows.start : rows.start + len(factors)] /= factors
+                    if initializer.const_value is not None:
+                        found.vectors[rows.parameter] = initializer.const_value.numpy() * inverse
+                    else:
+                        before = found.row_factors.get(rows.parameter, np.float32(1))
+                        found.row_factors[rows.parameter] = before * inverse
+            source = found.apply(model, source)
+            stored = rewrite(model, role, load_recipe("fp32"))
+            written = write_graph(model, stored, source, tmp_path, f"{role}{folded}")
+            session = ort.InferenceSession(tmp_path / written.graph, providers=["CPUExecutionProvider"])
+            outputs.append(session.run(None, feeds(role, session))[0])
+        assert found.column_factors
+        np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-4 * np.abs(outputs[0]).max())
+
+
+def feeds(role: str, session) -> dict[str, np.ndarray]:
+    """Any inputs that fit: one image of 4 x 4 patches, a prompt of 6 tokens."""
+    random = np.random.default_rng(1)
+    known = {
+        "patch_positions": np.stack(np.meshgrid(range(4), range(4), indexing="ij"), -1).reshape(-1, 2),
+        "cu_seqlens": np.array([0, 16], np.int32),
+        "window_index": np.arange(4),
+        "cu_window_seqlens": np.array([0, 16], np.int32),
+        "attention_mask": np.ones((1, 6), np.int64),
+        "position_ids": np.broadcast_to(np.arange(6), (3, 1, 6)).copy(),
+    }
+    found = {}
+    for port in session.get_inputs():
+        if port.name in known:
+            found[port.name] = known[port.name]
+            continue
+        sizes = {"num_patches": 16, "batch_size": 1, "sequence_length": 6, "past_length": 0}
+        shape = [size if isinstance(size, int) else sizes[size] for size in port.shape]
+        found[port.name] = random.standard_normal(shape).astype(np.float32)
+    return found
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq"])
+def test_every_role_can_be_calibrated(method: str, package: Path, calibration: Path) -> None:
+    """With 8 bits in all roles the answer is nearly that of float32."""
+    rules = (
+        Rule("embed_tokens/*.weight", WeightFormat(8)),
+        Rule("decoder/lm_head.weight", WeightFormat(8, method=method)),
+        Rule("decoder/*.weight", WeightFormat(8, block_size=64, method=method)),
+        Rule("*/*.weight", WeightFormat(8, symmetric=True, method=method)),
+    )
+    recipe = Recipe("mine", rules)
+    calibrator = package_calibrator(Package.open(package), CalibrationOptions(calibration))
+    after = quantize_package(package, recipe, calibrate=calibrator)
+    record = after.manifest.variants["mine"].calibration
+    assert record is not None
+    assert (record.num_samples, record.name) == (4, calibration.name)
+    assert set(after.manifest.variants["mine"].graphs["decoder"].formats.values()) == {"int8"}
+    expected, found = logits(package, "fp32"), logits(package, "mine")
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+    assert not [path.name for path in package.rglob(".calibration*")]
+
+
+def test_equal_data_give_equal_bytes(package: Path, calibration: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(package, tmp_path / "other"))
+    for folder in (package, other):
+        arguments = ["quantize", str(folder), "--recipe", "int4", "--method", "awq+gptq", "--block-size", "64"]
+        assert main([*arguments, "--calibration", str(calibration), "--calibration-samples", "2"]) == 0
+    one, two = (Package.open(folder).manifest for folder in (package, other))
+    assert one == two
+    assert one.variants["int4_b64_awq-gptq"].graphs["vision_encoder"].precision == "int8", "shared, as nothing changed"
+
+
+def test_blocks_run_as_the_whole_role_does(package_tiny_a: Path) -> None:
+    """A role run block by block gives what its forward gives; only the block at work has values."""
+    documents = {file.name: json.loads(file.read_text()) for file in package_tiny_a.glob("*.json")}
+    config = documents["config.json"]
+    spec = roles_of(family_of(config, package_tiny_a), config, documents)["vision_encoder"]
+    model, source = open_float_graph(Package.open(package_tiny_a), "vision_encoder")
+    with torch.device("meta"):
+        module = spec.build().eval()
+    arrays = [torch.from_numpy(array) for array in feeds_of_tower().values()]
+    stages = RoleStages(module, lambda *rows: read_rows(model.graph, source, *rows), [arrays], [torch.ones(16)])
+    names = []
+    for stage in stages.stages(to_the_end=True):
+        loaded = [name for name, values in module.named_parameters() if values.device.type != "meta"]
+        assert {name.split(".")[1] for name in loaded if name.startswith("blocks.")} <= {str(len(names) - 1)}
+        names.append(sorted(stage.linears)[:1])
+    assert names[:2] == [["patch_embed.proj.weight"], ["blocks.0.attn.proj.weight"]]
+    whole = spec.build().eval()
+    with torch.no_grad():
+        for name, values in whole.named_parameters():
+            values.copy_(torch.from_numpy(read_rows(model.graph, source, name, 0, len(values))))
+        torch.testing.assert_close(stages.run(0), whole(*arrays))
+
+
+def feeds_of_tower() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(1)
+    return {
+        "pixel_values": random.standard_normal((16, 1176)).astype(np.float32),
+        "patch_positions": np.stack(np.meshgrid(range(4), range(4), indexing="ij"), -1).reshape(-1, 2),
+        "cu_seqlens": np.array([0, 16], np.int32),
+        "window_index": np.arange(4),
+        "cu_window_seqlens": np.array([0, 16], np.int32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "samples.jsonl: missing; give a folder with a samples.jsonl"),
+        ("\n", "samples.jsonl: is empty; it needs at least one sample"),
+        ("{", "samples.jsonl: line 1: "),
+        ('{"id": "1"}', "line 1: $: field 'messages' is missing"),
+        ('{"id": "1", "messages": [], "answer": "x"}', "line 1: $: unknown field 'answer'"),
+        ('{"id": "1", "messages": [{"role": "user", "content": "Hi"}]}', "no sample has an image"),
+        (
+            '{"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "image": "no.png"}]}]}',
+            "no.png is missing; put the file there",
+        ),
+        (
+            '{"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "image": "../no.png"}]}]}',
+            "is outside the folder; put the file into it",
+        ),
+        (
+            '{"id": "1", "messages": [{"role": "user", "content": [{"type": "image", "image": "https://a/b.png"}]}]}',
+            "is an address on a network",
+        ),
+    ],
+)
+def test_bad_samples_are_told_in_one_line(
+    text: str | None, words: str, package_tiny_a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if text is not None:
+        (tmp_path / "samples.jsonl").write_text(text)
+    arguments = [
+        "quantize",
+        str(package_tiny_a),
+        "--recipe",
+        "int4",
+        "--method",
+        "gptq",
+        "--calibration",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "gptq"], "recipe int4_gptq: its method looks at activations; give --calibration DIR"),
+        (["--method", "hqq", "--calibration", "x"], "no method of int4_hqq looks at data; leave it out"),
+        (["--calibration-seed", "3"], "--calibration-seed 3: goes with --calibration DIR"),
+        (["--method", "best"], "method 'best' is unknown; known methods are rtn, hqq, awq, gptq, awq+gptq"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    arguments: list[str], words: str, package_tiny_a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["quantize", str(package_tiny_a), "--recipe", "int4", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert main(["export", str(TINY), "-o", str(tmp_path / "new"), "--recipe", "int4", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_export_and_quantize_give_equal_bytes(package: Path, calibration: Path, tmp_path: Path) -> None:
+    arguments = ["--recipe", "int4", "--method", "awq+gptq", "--calibration", str(calibration)]
+    assert main(["export", str(TINY), "-o", str(tmp_path / "new"), *arguments]) == 0
+    assert main(["quantize", str(package), *arguments]) == 0
+    one, two = (Package.open(folder).manifest for folder in (tmp_path / "new", package))
+    assert one.variants["int4_awq-gptq"].calibration == two.variants["int4_awq-gptq"].calibration
+    data = "onnx/decoder_int4_awq-gptq.onnx_data"
+    assert one.files[data].size == two.files[data].size
+    left, right = (logits(folder, "int4_awq-gptq") for folder in (tmp_path / "new", package))
+    np.testing.assert_allclose(left, right, atol=1e-3)
