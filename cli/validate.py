@@ -1,7 +1,8 @@
 """`vlmport validate`: how far a package is from its reference, stage by stage, by the gates.
 
 Against the checkpoint in PyTorch (--reference), on built-in samples or a task folder, or against golden folders
-(--golden). Prints a table, writes report.json and report.md, exits with 1 when a gate fails or nothing was compared.
+(--golden). Prints a table, writes report.json, report.md and report.html, exits with 1 when a gate fails or nothing was
+compared.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import Any
 from ..runtime.errors import InputError
 from ..runtime.package import Package
 from ..validate.compare import StageRow
-from ..validate.gates import DEFAULT_GATES, load_gates
+from ..validate.gates import default_gates, load_gates
 from ..validate.report import (
     Report,
     VariantReport,
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --reference: run the Python files of the checkpoint itself; they can do all that you can",
     )
     parser.add_argument("--report", metavar="DIR", type=Path, default=_FOLDER, help=f"default: {_FOLDER}")
-    parser.add_argument("--gates", metavar="FILE", type=Path, help="JSON that replaces limits of the built-in table")
+    parser.add_argument("--gates", metavar="FILE", type=Path, help="TOML that replaces limits of the built-in table")
     parser.add_argument("--limit", metavar="N", type=int, help="with --reference: the first N samples alone")
     parser.add_argument(
         "--bisect", action="store_true", help="with --reference: name the first operator that leaves its tolerance"
@@ -78,7 +79,7 @@ def execute(args: argparse.Namespace) -> int:
             raise InputError(f"--{option.replace('_', '-')}: is about a reference; add --reference CHECKPOINT")
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} is not at least 1")
-    gates = DEFAULT_GATES if args.gates is None else load_gates(args.gates)
+    gates = default_gates() if args.gates is None else load_gates(args.gates)
     with Progress("validate") as progress:
         if args.golden is not None:
             report = _golden(package, args.golden, variants, gates, progress)
@@ -87,7 +88,7 @@ def execute(args: argparse.Namespace) -> int:
     if report is None:
         print(f"FAIL: no golden folder in {args.golden} belongs to the checkpoint that {package.path} was made from")
         return 1
-    file = write_report(report, args.report)
+    files = write_report(report, args.report, args.task)
     if args.json:
         print(json.dumps(report_json(report), indent=1, ensure_ascii=False, allow_nan=False))
     else:
@@ -95,7 +96,7 @@ def execute(args: argparse.Namespace) -> int:
         for variant in report.variants:
             if variant.bisect is not None:
                 print(f"{variant.name}, {_first_fault(variant.bisect)}")
-        print(f"\n{report.outcome}: report in {file} and {file.with_suffix('.md')}")
+        print(f"\n{report.outcome}: report in {', '.join(map(str, files))}")
     return 1 if report.outcome == "FAIL" else 0
 
 

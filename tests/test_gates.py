@@ -1,6 +1,5 @@
 """Gates: the one table, its overrides, and judgements that fail closed."""
 
-import json
 import math
 
 import pytest
@@ -8,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmport.runtime.errors import InputError
-from vlmport.validate.gates import COLUMNS, DEFAULT_GATES, GATES_SCHEMA, STAGES, column_of, judge, load_gates, worst
+from vlmport.validate.gates import COLUMNS, GATES_SCHEMA, STAGES, column_of, default_gates, judge, load_gates, worst
 
 
 def outcome(column, kind, **values):
-    return worst(result.outcome for result in judge(DEFAULT_GATES, column, kind, kind, values))
+    return worst(result.outcome for result in judge(default_gates(), column, kind, kind, values))
 
 
 def test_a_limit_is_kept_to_the_last_digit():
@@ -31,9 +30,9 @@ def test_at_least_metrics_point_the_other_way():
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("kind", STAGES)
 def test_an_empty_comparison_fails_every_gate(column, kind):
-    gates = DEFAULT_GATES.gates[column].get(kind, ())
+    gates = default_gates().gates[column].get(kind, ())
     for values in ({}, {gate.metric: math.nan for gate in gates}):
-        results = judge(DEFAULT_GATES, column, kind, "x", values)
+        results = judge(default_gates(), column, kind, "x", values)
         assert len(results) == len(gates)
         assert all(result.outcome == "FAIL" and result.value is None for result in results)
 
@@ -49,26 +48,28 @@ def test_only_ties_between_value_and_limit_is_ambiguous():
 
 @given(st.floats(0, 1e3), st.sampled_from(COLUMNS))
 def test_the_recorded_tolerance_would_have_passed(value, column):
-    for result in judge(DEFAULT_GATES, column, "prefill", "x", {"max_abs": value, "kl_mean": value, "kl_p999": value}):
+    for result in judge(
+        default_gates(), column, "prefill", "x", {"max_abs": value, "kl_mean": value, "kl_p999": value}
+    ):
         if result.value is not None:
             assert result.would_pass == value
 
 
 def test_infinite_values_have_no_tolerance_that_would_pass():
-    (_, result, _) = judge(DEFAULT_GATES, "fp32-unit", "prefill", "x", {"max_abs": math.inf})
+    (_, result, _) = judge(default_gates(), "fp32-unit", "prefill", "x", {"max_abs": math.inf})
     assert result.outcome == "FAIL"
     assert result.would_pass is None
 
 
 def test_columns_loosen_from_left_to_right():
-    margins = [DEFAULT_GATES.tie_margin[column] for column in COLUMNS]
+    margins = [default_gates().tie_margin[column] for column in COLUMNS]
     assert margins == sorted(margins)
-    kl = [{g.metric: g.limit for g in DEFAULT_GATES.gates[c]["prefill"]}.get("kl_mean", 0.0) for c in COLUMNS]
+    kl = [{g.metric: g.limit for g in default_gates().gates[c]["prefill"]}.get("kl_mean", 0.0) for c in COLUMNS]
     assert kl == sorted(kl)
 
 
 def test_every_gate_says_where_it_comes_from():
-    for stages in DEFAULT_GATES.gates.values():
+    for stages in default_gates().gates.values():
         assert set(stages) <= set(STAGES)
         assert all(gate.source for gates in stages.values() for gate in gates)
 
@@ -95,55 +96,75 @@ def test_worst():
     assert worst(["PASS", "FAIL", "AMBIGUOUS"]) == "FAIL"
 
 
-def write(tmp_path, document):
-    file = tmp_path / "gates.json"
-    file.write_text(document if isinstance(document, str) else json.dumps(document))
+def write(tmp_path, text, schema=GATES_SCHEMA):
+    file = tmp_path / "gates.toml"
+    file.write_text((f'schema = "{schema}"\n' if schema else "") + text, encoding="utf-8")
     return file
 
 
 def test_a_file_replaces_adds_and_removes(tmp_path):
-    document = {
-        "schema": GATES_SCHEMA,
-        "gates": {"int8": {"prefill": {"kl_mean": 0.5, "kl_p999": None, "kl_max": 9}, "generation": {"match": 0.5}}},
-        "tie_margin": {"int8": 0.25},
-    }
-    table = load_gates(write(tmp_path, document))
-    limits = {gate.metric: gate.limit for gate in table.gates["int8"]["prefill"]}
-    assert limits["kl_mean"] == 0.5
-    assert limits["kl_max"] == 9.0
-    assert "kl_p999" not in limits
-    assert limits["same_top1"] == 0.99
+    text = """
+    [tie_margin]
+    int8 = 0.25
+    [int8.prefill]
+    kl_mean = 0.5
+    kl_p999 = false
+    kl_max = { limit = 9, source = "our own" }
+    [int8.generation]
+    match = 0.5
+    """
+    table = load_gates(write(tmp_path, text))
+    gates = {gate.metric: gate for gate in table.gates["int8"]["prefill"]}
+    assert gates["kl_mean"].limit == 0.5
+    assert (gates["kl_max"].limit, gates["kl_max"].source) == (9.0, "our own")
+    assert "kl_p999" not in gates
+    assert gates["same_top1"].limit == 0.99
     assert [gate.limit for gate in table.gates["int8"]["generation"]] == [0.5]
     assert table.tie_margin["int8"] == 0.25
-    assert table.tie_margin["int4"] == DEFAULT_GATES.tie_margin["int4"]
-    assert table.gates["int4"] == DEFAULT_GATES.gates["int4"]
+    assert table.tie_margin["int4"] == default_gates().tie_margin["int4"]
+    assert table.gates["int4"] == default_gates().gates["int4"]
     assert str(tmp_path) in table.origin
 
 
+def test_every_default_gate_says_where_it_comes_from():
+    for column in COLUMNS:
+        assert "task" in default_gates().gates[column] or column == "fp32-unit"
+        for stage, gates in default_gates().gates[column].items():
+            assert gates, (column, stage)
+            assert all(gate.source and "gates.toml" not in gate.source for gate in gates), (column, stage)
+
+
 @pytest.mark.parametrize(
-    ("document", "words"),
+    ("text", "words"),
     [
-        ("{", "not JSON"),
-        ([], "expected an object"),
-        ({}, "schema"),
-        ({"schema": "vlmport-gates/2"}, "schema"),
-        ({"schema": GATES_SCHEMA, "more": 1}, "'more'"),
-        ({"schema": GATES_SCHEMA, "gates": {"int3": {}}}, "'int3'"),
-        ({"schema": GATES_SCHEMA, "gates": {"int8": {"decoding": {}}}}, "'decoding'"),
-        ({"schema": GATES_SCHEMA, "gates": {"int8": {"decode": {"kl": 1}}}}, "'kl'"),
-        ({"schema": GATES_SCHEMA, "gates": {"int8": {"decode": {"kl_mean": "1"}}}}, "kl_mean"),
-        ({"schema": GATES_SCHEMA, "gates": {"int8": {"decode": {"kl_mean": True}}}}, "kl_mean"),
-        ({"schema": GATES_SCHEMA, "gates": {"int8": {"decode": [1]}}}, "expected an object"),
-        ('{"schema": "vlmport-gates/1", "tie_margin": {"int8": NaN}}', "tie_margin.int8"),
+        ("{", "not TOML"),
+        ("more = 1", "'more'"),
+        ("[int3]", "'int3'"),
+        ("int8 = 3", "int8: expected a table"),
+        ("[int8.decoding]", "'decoding'"),
+        ("[int8.decode]\nkl = 1", "'kl'"),
+        ('[int8.decode]\nkl_mean = "1"', "kl_mean: expected a number"),
+        ("[int8.decode]\nkl_mean = true", "kl_mean"),
+        ("[int8.decode]\nkl_mean = {source = 'x'}", "kl_mean.limit: expected a number"),
+        ("[int8.decode]\nkl_mean = {limit = 1, source = 2}", "kl_mean.source: expected a text"),
+        ("[int8.decode]\nkl_mean = {limit = 1, more = 2}", "'more'"),
+        ("[int8]\ndecode = [1]", "int8.decode: expected a table"),
+        ("[tie_margin]\nint8 = nan", "tie_margin.int8"),
     ],
 )
-def test_a_wrong_file_is_one_clear_line(tmp_path, document, words):
+def test_a_wrong_file_is_one_clear_line(tmp_path, text, words):
     with pytest.raises(InputError, match=words) as caught:
-        load_gates(write(tmp_path, document))
-    assert "gates.json" in str(caught.value)
+        load_gates(write(tmp_path, text))
+    assert str(caught.value).startswith(str(tmp_path / "gates.toml"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("schema", [None, "vlmport-gates/1"])
+def test_a_file_of_another_schema(tmp_path, schema):
+    with pytest.raises(InputError, match="it must be 'vlmport-gates/2'"):
+        load_gates(write(tmp_path, "", schema))
 
 
 def test_a_missing_file(tmp_path):
     with pytest.raises(InputError, match="no such gates file"):
-        load_gates(tmp_path / "none.json")
+        load_gates(tmp_path / "none.toml")

@@ -12,7 +12,7 @@ from vlmport.cli.main import main
 from vlmport.runtime.errors import InputError
 from vlmport.runtime.package import Package
 from vlmport.validate.compare import Comparison, compare_generation
-from vlmport.validate.gates import DEFAULT_GATES
+from vlmport.validate.gates import default_gates
 from vlmport.validate.golden import find_goldens, load_golden, request_messages
 from vlmport.validate.run import validate_golden
 
@@ -48,7 +48,7 @@ def quiet(_done, _total, _what):
 
 
 def validated(package, folder, variant="fp32"):
-    report = validate_golden(Package.open(package), [load_golden(folder)], [variant], DEFAULT_GATES, quiet)
+    report = validate_golden(Package.open(package), [load_golden(folder)], [variant], default_gates(), quiet)
     return report.variants[0]
 
 

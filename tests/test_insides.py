@@ -7,7 +7,7 @@ import pytest
 
 from vlmport.runtime.package import Package
 from vlmport.validate import shards
-from vlmport.validate.gates import DEFAULT_GATES
+from vlmport.validate.gates import default_gates
 from vlmport.validate.insides import Plan
 from vlmport.validate.journal import Journal
 from vlmport.validate.reference import load_reference
@@ -37,7 +37,7 @@ def validated(package_tiny_b, tmp_path_factory):
         asked.append(ids)
         with Journal(folder, "d" * 64, JOURNAL_TYPES) as journal:
             return validate_reference(
-                package, TINY_B, reference, samples, None, VARIANTS, DEFAULT_GATES, progress, journal, plan
+                package, TINY_B, reference, samples, None, VARIANTS, default_gates(), progress, journal, plan
             )
 
     def stop(_done, _total, what):
@@ -86,7 +86,7 @@ def test_the_waterfall_swaps_one_thing_a_step_and_ends_at_the_variant(validated)
     assert "weights:decoder" in steps
     assert steps["export"].cumulative.mean < 1e-9
     assert steps["weights:decoder"].alone.mean > 100 * steps["export"].alone.mean
-    assert steps["cache"].cumulative.n == rounded.num_positions == 32
+    assert steps["cache"].cumulative.num_positions == rounded.num_positions == 32
     sums = [step.added.mean for step in rounded.steps if step.skipped is None]
     assert math.isclose(sum(sums), steps["cache"].cumulative.mean, rel_tol=1e-6)
     assert all(step.skipped for step in rounded.steps if step.cumulative is None)

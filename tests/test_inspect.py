@@ -47,7 +47,7 @@ def test_json_has_the_same(package: Path, capsys: pytest.CaptureFixture[str]) ->
 def write_report(package: Path, manifest_sha256: str) -> None:
     (package / "parity").mkdir()
     report = {
-        "schema": "vlmport-report/1",
+        "schema": "vlmport-report/2",
         "mode": "reference",
         "package": {"manifest_sha256": manifest_sha256},
         "variants": [{"name": "int4", "outcome": "FAIL", "rows": []}],

@@ -58,7 +58,7 @@ def logits() -> Ask:
 
     @torch.no_grad()
     def ask(model: Any, index: int) -> np.ndarray:
-        example = receipts.heldout_example(11, index)
+        example = receipts.drawn_example("heldout", 11, index)
         picture = inputs.preprocess(example.image)
         prompt = inputs.prompt_ids(tokenizer, picture.num_tokens) + inputs.question_ids(tokenizer, example.question)
         ids = torch.tensor([prompt + inputs.answer_ids(tokenizer, example.answer)])

@@ -27,7 +27,7 @@ from vlmport.runtime.package import Package
 from vlmport.runtime.sample import SamplingParams
 from vlmport.validate import eager
 from vlmport.validate.eager import EagerReference, eager_modules
-from vlmport.validate.gates import DEFAULT_GATES
+from vlmport.validate.gates import default_gates
 from vlmport.validate.golden import load_golden
 from vlmport.validate.run import validate_golden
 
@@ -280,7 +280,7 @@ def test_quantized_variants_tell_their_true_numbers(
     variant: str, folder: Path, package_of: Callable[[Path], Path]
 ) -> None:
     report = validate_golden(
-        Package.open(package_of(folder)), [load_golden(folder)], [variant], DEFAULT_GATES, lambda *_: None
+        Package.open(package_of(folder)), [load_golden(folder)], [variant], default_gates(), lambda *_: None
     )
     rows = {row.stage: row for row in report.variants[0].rows}
     assert rows["input_ids"].outcome == "PASS"

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "receipts"
@@ -77,12 +78,21 @@ def test_sizes_are_native_and_vary(receipts):
 def test_a_task_folder_has_every_kind_and_its_images(receipts, tmp_path):
     receipts.write_task(tmp_path, 10, 7)
     task = json.loads((tmp_path / "task.json").read_text(encoding="utf-8"))
-    assert task["schema"] == "vlmport-task/1"
-    assert task["metric"] == "exact_match"
-    assert {item["kind"] for item in task["items"]} == set(receipts.KINDS)
-    for item in task["items"]:
-        assert set(item) == {"id", "image", "question", "answer", "kind"}
-        assert (tmp_path / item["image"]).is_file()
+    assert task["schema"] == "vlmport-task/2"
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {sample["kind"] for sample in samples} == set(receipts.KINDS)
+    for sample in samples:
+        assert set(sample) == {"id", "messages", "answers", "kind"}
+        assert (tmp_path / sample["messages"][0]["content"][0]["image"]).is_file()
+
+
+def test_calibration_data_are_of_the_training_split(receipts, tmp_path):
+    receipts.write_task(tmp_path, 5, 7, "train")
+    for index in range(5):
+        drawn = receipts.make_receipt("train", 7, index)
+        assert receipts.split_of(drawn.text) == "train"
+        with Image.open(tmp_path / "images" / f"{index:04d}.png") as picture:
+            assert np.array_equal(np.asarray(picture), drawn.image)
 
 
 def test_the_checkpoint_is_small_and_as_published():
@@ -106,6 +116,6 @@ def test_the_checkpoint_reads_an_unseen_receipt(receipts):
     evaluate, inputs = bare_module("evaluate"), bare_module("inputs")
     model = evaluate.load_model(CHECKPOINT)
     tokenizer = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
-    examples = [receipts.heldout_example(7, index) for index in range(5)]
+    examples = [receipts.drawn_example("heldout", 7, index) for index in range(5)]
     said = [evaluate.answer(model, tokenizer, inputs.preprocess(entry.image), entry.question) for entry in examples]
     assert sum(text == entry.answer for text, entry in zip(said, examples, strict=True)) >= 4  # 95 % in 500

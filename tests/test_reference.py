@@ -13,7 +13,7 @@ from vlmport.export.family import families, load_family
 from vlmport.runtime.errors import CheckpointError
 from vlmport.runtime.model import Model
 from vlmport.runtime.package import Package
-from vlmport.validate.gates import DEFAULT_GATES
+from vlmport.validate.gates import default_gates
 from vlmport.validate.golden import load_golden, request_messages
 from vlmport.validate.reference import load_reference
 from vlmport.validate.run import validate_reference
@@ -36,7 +36,7 @@ def report(package_tiny_b, reference):
     package = Package.open(package_tiny_b)
     samples = built_in_samples(package.manifest)
     return validate_reference(
-        package, GOLDENS / "tiny_b", reference, samples, None, ["fp32", "int4"], DEFAULT_GATES, quiet
+        package, GOLDENS / "tiny_b", reference, samples, None, ["fp32", "int4"], default_gates(), quiet
     )
 
 
@@ -121,7 +121,7 @@ def test_other_weights_fail(package_tiny_b, tmp_path, reference):
     save_file({**tensors, key: tensors[key] + 1e-2}, other / "model.safetensors", metadata={"format": "pt"})
     sample = Sample("s", [{"role": "user", "content": [{"type": "image", "image": draw_picture(1, 84, 56)}]}], 4)
     report = validate_reference(
-        Package.open(package_tiny_b), other, load_reference(other), [sample], None, ["fp32"], DEFAULT_GATES, quiet
+        Package.open(package_tiny_b), other, load_reference(other), [sample], None, ["fp32"], default_gates(), quiet
     )
     outcomes = {row.stage: row.outcome for row in report.variants[0].rows}
     assert outcomes["vision"] == "PASS"  # the fault lies behind it

@@ -21,7 +21,7 @@ from vlmport.validate.compare import (
     stage_columns,
     stage_rows,
 )
-from vlmport.validate.gates import DEFAULT_GATES
+from vlmport.validate.gates import default_gates
 from vlmport.validate.report import (
     Report,
     VariantReport,
@@ -58,7 +58,7 @@ def variant(error, column="fp32", extra=()):
         name=column,
         precisions={"decoder": column},
         size=10,
-        rows=stage_rows(found, DEFAULT_GATES, columns(column)),
+        rows=stage_rows(found, default_gates(), columns(column)),
         not_compared=(NotCompared("s0", "patch_embed", "not an output"),),
         examples=worst_examples(found),
         seconds=1.0,
@@ -79,7 +79,7 @@ def report(package, *variants):
         provider="CPUExecutionProvider",
         versions=versions(),
         samples=("s0", "s1", "s2"),
-        gates=DEFAULT_GATES,
+        gates=default_gates(),
         variants=variants,
     )
 
@@ -115,7 +115,7 @@ def test_nothing_judged_is_a_failure(package):
     nothing = VariantReport("fp32", {}, 0, (), (), (), 0.0)
     only_reported = stage_rows(
         [Comparison("s", "generated_ids", "generation", choices=Choices(np.array([True]), np.array([False])))],
-        DEFAULT_GATES,
+        default_gates(),
         columns("int4"),
     )
     assert nothing.outcome == "FAIL"
@@ -127,12 +127,12 @@ def test_nothing_judged_is_a_failure(package):
 
 def test_shapes_that_differ_fail_and_say_both():
     found = compare_tensors("s", "vision", "vision", np.zeros((2, 3)), np.zeros((3, 3)))
-    (row,) = stage_rows([found], DEFAULT_GATES, columns("int4"))
+    (row,) = stage_rows([found], default_gates(), columns("int4"))
     assert row.outcome == "FAIL"
     assert "[3, 3]" in row.notes[0]
     assert "[2, 3]" in row.notes[0]
     (row,) = stage_rows(
-        [compare_ids("s", "position_ids", np.zeros((3, 4), int), np.zeros(4, int))], DEFAULT_GATES, columns("fp32")
+        [compare_ids("s", "position_ids", np.zeros((3, 4), int), np.zeros(4, int))], default_gates(), columns("fp32")
     )
     assert row.outcome == "FAIL"
 
@@ -155,7 +155,7 @@ def test_columns_follow_the_graphs_a_stage_goes_through(package):
 def test_json_holds_what_a_reader_needs(package, tmp_path):
     broken = compare_tensors("s9", "cache", "cache", np.ones((1, 2)), np.full((1, 2), np.nan))
     found = report(package, variant(1e-9), variant(0.5, "int8", [broken]))
-    file = write_report(found, tmp_path / "out")
+    file = write_report(found, tmp_path / "out")[0]
     document = strict(file.read_text(encoding="utf-8"))
     assert document["outcome"] == "FAIL"
     assert document["package"]["manifest_sha256"] == file_entry(package.path / MANIFEST_NAME).sha256
@@ -173,9 +173,9 @@ def test_json_holds_what_a_reader_needs(package, tmp_path):
 
 def test_the_package_keeps_a_copy_bound_to_its_bytes(package, tmp_path):
     write_report(report(package, variant(1e-9)), tmp_path / "out")
-    for name in ("report.json", "report.md"):
+    for name in ("report.json", "report.md", "report.html"):
         assert (package.path / "parity" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.json", "report.md"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.json", "report.md"]
     Package.open(package.path).verify()
 
 
@@ -191,7 +191,7 @@ def test_a_package_that_cannot_be_written_to(package, tmp_path, monkeypatch, num
 
     monkeypatch.setattr(os, "replace", refuse)
     if number == errno.EROFS:
-        assert write_report(report(package, variant(1e-9)), tmp_path / "out").is_file()
+        assert write_report(report(package, variant(1e-9)), tmp_path / "out")[0].is_file()
     else:
         with pytest.raises(OSError, match="No space left on device") as caught:
             write_report(report(package, variant(1e-9)), tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The one table of thresholds, and the judgement of measured numbers by it: PASS, FAIL or AMBIGUOUS.
+"""The one table of thresholds (gates.toml), and the judgement of numbers by it: PASS, FAIL or AMBIGUOUS.
 
 A gate is a limit on one metric of one stage at one precision. Where nothing was compared, or a number is not finite,
 the gate fails: missing evidence is never a pass. AMBIGUOUS says that only near ties of the reference stand between the
@@ -8,19 +8,18 @@ Precisions are columns: a stage is judged by the column of the graphs that it we
 activations of unit scale (golden cases), where absolute limits mean something.
 """
 
-import json
 import math
+import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, cast
 
 from ..runtime.errors import InputError
 
 __all__ = [
     "COLUMNS",
-    "DEFAULT_GATES",
     "GATES_SCHEMA",
     "STAGES",
     "Gate",
@@ -28,13 +27,15 @@ __all__ = [
     "GateTable",
     "Outcome",
     "column_of",
+    "default_gates",
     "judge",
     "load_gates",
     "worst",
 ]
 
 Outcome = Literal["PASS", "FAIL", "AMBIGUOUS"]
-GATES_SCHEMA = "vlmport-gates/1"
+GATES_SCHEMA = "vlmport-gates/2"
+_DEFAULTS = Path(__file__).with_name("gates.toml")
 COLUMNS = ("fp32-unit", "fp32", "fp16", "int8", "int4")  # from the strictest to the loosest
 
 # Kinds of stages that have gates of their own. What a column has no gates for is reported, not judged.
@@ -126,137 +127,6 @@ class GateTable:
     origin: str
 
 
-_ISSUE = "requirement of golden cases: unit scale, all ids equal"
-_FINITE = Gate("num_nonfinite", 0, "NaN and infinity are never right")
-_EXACT = (Gate("num_different", 0, "prompts, grids and positions are integer work"),)
-_PIXELS = (Gate("max_abs", 1e-6, "float32 rescaling and normalising, fused or not: 5e-7 apart"),)
-_UNIT = (_FINITE, Gate("max_abs", 1e-4, _ISSUE))
-_LOGITS_UNIT = (*_UNIT, Gate("same_top1", 1.0, _ISSUE))
-_TOWER_FP32 = (
-    _FINITE,
-    Gate("cosine_min", 0.99999, "proposal: float32 noise"),
-    Gate("relative_l2", 1e-4, "proposal: float32 noise"),
-)
-_LOGITS_FP32 = (
-    _FINITE,
-    Gate("max_abs", 4e-3, "optimum-intel: logits of tiny models in float32"),
-    Gate("same_top1", 1.0, "proposal: equal off ties"),
-)
-_TOWER_FP16 = (
-    _FINITE,
-    Gate("cosine_min", 0.999, "proposal"),
-    Gate("relative_l2", 1e-2, "proposal: stands for twice the self-noise of float16"),
-)
-_LOGITS_FP16 = (
-    _FINITE,
-    Gate("kl_mean", 1e-4, "proposal: stands for twice the self-noise of float16"),
-    Gate("same_top1", 0.995, "proposal"),
-)
-_TOWER_LOW = (_FINITE, Gate("cosine_p1", 0.99, "Polygraphy"), Gate("snr_db", 20.0, "Polygraphy"))
-_LOGITS_INT8 = (
-    _FINITE,
-    Gate("kl_mean", 1e-3, "proposal; llama.cpp Q8_0 0.0002"),
-    Gate("kl_p999", 0.05, "proposal; llama.cpp Q8_0 0.006"),
-    Gate("same_top1", 0.99, "proposal; llama.cpp Q8_0 99.2 %"),
-)
-_LOGITS_INT4 = (
-    _FINITE,
-    Gate("kl_mean", 0.02, "proposal; llama.cpp Q5_K_M 0.005, Q3_K_M 0.05"),
-    Gate("kl_p999", 0.5, "proposal; llama.cpp Q5_K_M 0.12, Q3_K_M 1.5"),
-    Gate("same_top1", 0.95, "proposal; llama.cpp Q5_K_M 96.5 %, Q3_K_M 89.6 %"),
-)
-# With and without cache the same graphs run: only kernels and the order of sums differ.
-_CACHE_FP32 = (_FINITE, Gate("max_abs", 1e-4, "proposal: against the run without cache"))
-_CACHE_FP16 = (_FINITE, Gate("kl_mean", 1e-4, "as prefill"))
-_CACHE_INT8 = (_FINITE, Gate("kl_mean", 1e-3, "as prefill"))
-_CACHE_INT4 = (_FINITE, Gate("kl_mean", 0.02, "as prefill"))
-_NO_SLOPE = Gate("drift_slope", 1e-5, "proposal: errors do not grow over decode steps")
-
-DEFAULT_GATES = GateTable(
-    gates=MappingProxyType(
-        {
-            "fp32-unit": {
-                "exact": _EXACT,
-                "pixels": _PIXELS,
-                "vision": _UNIT,
-                "projector": _UNIT,
-                "embeddings": _UNIT,
-                "past": _UNIT,
-                "prompt": _LOGITS_UNIT,
-                "prefill": _LOGITS_UNIT,
-                "argmax": (Gate("match", 1.0, _ISSUE),),
-                "decode": _LOGITS_UNIT,
-                "classes": _LOGITS_UNIT,
-                "cache": _UNIT,
-                "generation": (Gate("match", 1.0, _ISSUE),),
-            },
-            "fp32": {
-                "exact": _EXACT,
-                "pixels": _PIXELS,
-                "vision": _TOWER_FP32,
-                "projector": _TOWER_FP32,
-                "embeddings": _TOWER_FP32,
-                "past": _TOWER_FP32,
-                "argmax": (Gate("match", 1.0, "as same_top1 of prefill"),),
-                "prompt": _LOGITS_FP32,
-                "prefill": _LOGITS_FP32,
-                "decode": (*_LOGITS_FP32, _NO_SLOPE),
-                "classes": _LOGITS_FP32,
-                "cache": _CACHE_FP32,
-                "generation": (Gate("match", 1.0, "equal off ties"),),
-                "task": (Gate("changed", 0.0, "float32 answers as the reference does"),),
-            },
-            "fp16": {
-                "exact": _EXACT,
-                "pixels": _PIXELS,
-                "vision": _TOWER_FP16,
-                "projector": _TOWER_FP16,
-                "embeddings": _TOWER_FP16,
-                "past": _TOWER_FP16,
-                "argmax": (Gate("match", 0.995, "as same_top1 of prefill"),),
-                "prefill": _LOGITS_FP16,
-                "decode": _LOGITS_FP16,
-                "classes": _LOGITS_FP16,
-                "cache": _CACHE_FP16,
-                "generation": (Gate("match", 0.9, "proposal: tie-adjusted, over many prompts"),),
-                "task": (Gate("recovery", 0.99, "llm-compressor 0.95; proposal 0.99"),),
-            },
-            "int8": {
-                "exact": _EXACT,
-                "pixels": _PIXELS,
-                "vision": _TOWER_LOW,
-                "projector": _TOWER_LOW,
-                "embeddings": _TOWER_LOW,
-                "past": _TOWER_LOW,
-                "prefill": _LOGITS_INT8,
-                "argmax": (Gate("match", 0.99, "as same_top1 of prefill"),),
-                "decode": _LOGITS_INT8,
-                "classes": _LOGITS_INT8,
-                "cache": _CACHE_INT8,
-                "task": (Gate("recovery", 0.99, "proposal"), Gate("flips", 0.01, "at most 1 % in either direction")),
-            },
-            "int4": {
-                "exact": _EXACT,
-                "pixels": _PIXELS,
-                "vision": _TOWER_LOW,
-                "projector": _TOWER_LOW,
-                "embeddings": _TOWER_LOW,
-                "prefill": _LOGITS_INT4,
-                "argmax": (Gate("match", 0.95, "as same_top1 of prefill"),),
-                "decode": _LOGITS_INT4,
-                "classes": _LOGITS_INT4,
-                "cache": _CACHE_INT4,
-                "task": (Gate("recovery", 0.95, "llm-compressor; proposal"),),
-            },
-        }
-    ),
-    # Two choices change places only when they move against each other by the reference's margin. So a margin counts as
-    # a tie up to twice the noise that the column allows: 2 x max abs in float32, else 2 x sqrt(2 x mean KL), because a
-    # logit error of variance v gives a divergence of about v / 2.
-    tie_margin=MappingProxyType({"fp32-unit": 2e-4, "fp32": 8e-3, "fp16": 0.03, "int8": 0.09, "int4": 0.4}),
-    origin="built in",
-)
-
 _LABELS = {"fp32": "fp32", "fp16": "fp16", "int8": "int8", "int4": "int4", "nf4": "int4"}
 
 
@@ -281,36 +151,65 @@ def worst(outcomes: Iterable[Outcome]) -> Outcome | None:
     return next((outcome for outcome in ("FAIL", "AMBIGUOUS", "PASS") if outcome in found), None)
 
 
-def load_gates(file: Path, base: GateTable = DEFAULT_GATES) -> GateTable:
-    """The base table with the limits that a JSON file replaces, adds or (null) removes.
+@cache
+def default_gates() -> GateTable:
+    """The table that ships with vlmport, gates.toml beside this file."""
+    table = _merged(_DEFAULTS, GateTable({column: {} for column in COLUMNS}, {}, "nothing"))
+    return GateTable(table.gates, table.tie_margin, origin="built in")
 
-        {"schema": "vlmport-gates/1", "gates": {"int8": {"prefill": {"kl_mean": 0.01, "kl_p999": null}}},
-         "tie_margin": {"int8": 0.1}}
 
-    Raises InputError naming the unknown column, stage or metric, or the value that is no number.
+def load_gates(file: Path) -> GateTable:
+    """The default table with the limits that a TOML file of the same form replaces, adds or (false) removes.
+
+        schema = "vlmport-gates/2"
+        [int8.prefill]
+        kl_mean = 0.01
+        kl_p999 = false
+
+    Raises InputError naming the unknown precision, stage or metric, or the value that is no number.
     """
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{file}: there is no such gates file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file}: not JSON: {error}") from error
-    _known(file, "", data, {"schema", "gates", "tie_margin"})
-    if data.get("schema") != GATES_SCHEMA:
-        raise InputError(f"{file}: schema is {data.get('schema')!r}; it must be {GATES_SCHEMA!r}")
+    return _merged(file, default_gates())
+
+
+def _merged(file: Path, base: GateTable) -> GateTable:
+    data = _read(file)
     gates = {column: dict(stages) for column, stages in base.gates.items()}
-    for column, stages in _known(file, "gates", data.get("gates", {}), set(COLUMNS)).items():
-        for stage, limits in _known(file, f"gates.{column}", stages, set(STAGES)).items():
-            where = f"gates.{column}.{stage}"
+    for column in COLUMNS:
+        for stage, limits in _known(file, column, data.get(column, {}), set(STAGES)).items():
+            where = f"{column}.{stage}"
             changed = {gate.metric: gate for gate in gates[column].get(stage, ())}
             for metric, limit in _known(file, where, limits, set(_AT_LEAST | _AT_MOST)).items():
                 changed.pop(metric, None)
-                if limit is not None:
-                    changed[metric] = Gate(metric, _number(file, f"{where}.{metric}", limit), str(file))
+                if limit is not False:
+                    changed[metric] = _gate(file, f"{where}.{metric}", metric, limit)
             gates[column][stage] = tuple(changed.values())
     margins = _known(file, "tie_margin", data.get("tie_margin", {}), set(COLUMNS))
     numbers = {column: _number(file, f"tie_margin.{column}", value) for column, value in margins.items()}
     return GateTable(gates, {**base.tie_margin, **numbers}, origin=str(file))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such gates file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{file}: not TOML: {error}") from error
+    _known(file, "", data, {"schema", "tie_margin", *COLUMNS})
+    if data.get("schema") != GATES_SCHEMA:
+        raise InputError(f"{file}: schema is {data.get('schema')!r}; it must be {GATES_SCHEMA!r}")
+    return data
+
+
+def _gate(file: Path, where: str, metric: str, limit: Any) -> Gate:
+    """A number alone, or {limit, source}."""
+    if not isinstance(limit, dict):
+        return Gate(metric, _number(file, where, limit), str(file))
+    fields = _known(file, where, cast("Any", limit), {"limit", "source"})
+    source = fields.get("source", str(file))
+    if not isinstance(source, str):
+        raise InputError(f"{file}: {where}.source: expected a text, got {str(source)[:60]!r}")
+    return Gate(metric, _number(file, f"{where}.limit", fields.get("limit")), source)
 
 
 def _judge_one(gate: Gate, column: str, stage: str, values: Mapping[str, float]) -> GateResult:
@@ -326,7 +225,7 @@ def _judge_one(gate: Gate, column: str, stage: str, values: Mapping[str, float])
 def _known(file: Path, where: str, data: Any, names: set[str]) -> dict[str, Any]:
     place = f"{file}: {where}" if where else str(file)
     if not isinstance(data, dict):
-        raise InputError(f"{place}: expected an object, got {str(data)[:60]!r}")
+        raise InputError(f"{place}: expected a table, got {str(data)[:60]!r}")
     fields = cast("dict[str, Any]", data)
     unknown = sorted(set(fields) - names)
     if unknown:

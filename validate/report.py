@@ -1,4 +1,4 @@
-"""The report of a validation: JSON first, Markdown made from it.
+"""The report of a validation: JSON first; Markdown and one HTML page are made from it.
 
 The JSON holds all that was measured, so that another page (attribution, HTML) can be drawn from it alone. Numbers
 that JSON cannot write are the strings "inf", "-inf" and "nan". The copy inside the package is bound to its manifest by
@@ -7,6 +7,7 @@ sha256: a report of other bytes is no evidence.
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from typing import Any, Literal
 from ..runtime.package import MANIFEST_NAME, Package, file_entry
 from .compare import Comparison, NotCompared, StageRow
 from .gates import GateTable, Outcome, worst
+from .statistics import Ratio, Statistics
 
 __all__ = [
     "REPORT_SCHEMA",
@@ -29,6 +31,7 @@ __all__ = [
     "VariantReport",
     "manifest_sha256",
     "markdown",
+    "plain",
     "report_json",
     "task_lines",
     "task_showcase",
@@ -37,7 +40,7 @@ __all__ = [
     "write_report",
 ]
 
-REPORT_SCHEMA = "vlmport-report/1"
+REPORT_SCHEMA = "vlmport-report/2"
 _NUM_EXAMPLES = 10
 _VERSIONED = ("vlmport", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow", "torch", "transformers")
 
@@ -56,21 +59,23 @@ class Example:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Exact match of whole answers, and what became of the reference's."""
+    """Scores of whole answers (scorers.SCORERS), and what became of the reference's. Shares are of the items."""
 
     task: str
+    scorer: str
     num_items: int
-    exact_match: float
+    score: float  # mean
     by_kind: Mapping[str, float]
-    reference_exact_match: float
-    recovery: float  # exact_match / reference_exact_match
+    reference_score: float
+    recovery: float  # score / reference_score
     num_lost: int  # the reference was right, the variant is not
     num_gained: int
     flips: float  # (lost + gained) / items
     num_changed: int  # answers that are not the reference's, right or wrong
     changed: float
     tokens_per_second: float  # decoding, free-running
-    answers: tuple[Mapping[str, str], ...]  # by item: id, kind, image, question, expected, reference, answer
+    intervals: Mapping[str, Ratio]  # score, reference_score, recovery, flips, changed, with their 95 % intervals
+    answers: tuple[Mapping[str, Any], ...]  # by item: see tasks
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ class VariantReport:
     examples: tuple[Example, ...]
     seconds: float
     task: TaskScore | None = None
+    statistics: Statistics | None = None
     layers: tuple[Any, ...] = ()  # insides.LayerDrift
     waterfall: Any = None  # waterfall.Waterfall
     bisect: Mapping[str, Any] | None = None  # insides.bisection
@@ -172,22 +178,28 @@ def report_json(report: Report) -> dict[str, Any]:
             for variant in report.variants
         ],
     }
-    return _plain(document)
+    return plain(document)
 
 
-def write_report(report: Report, folder: Path) -> Path:
-    """Writes report.json and report.md into `folder`, and a copy into parity/ of a package that may be written to.
+def write_report(report: Report, folder: Path, media: Path | None = None) -> tuple[Path, ...]:
+    """Writes report.json, .md and .html into `folder` and, if that can be written to, the package's parity/.
 
-    Returns the JSON file.
+    media: folder that the images of examples are relative to (the task's), for their thumbnails.
+    Returns the files in `folder`. Without matplotlib (extra `report`) there is no HTML; one of an earlier run goes.
     """
     document = report_json(report)
-    _write(document, folder)
+    texts = {
+        "report.json": json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.md": markdown(document),
+        "report.html": _html(document, media),
+    }
+    _write(texts, folder)
     try:
-        _write(document, report.package.path / "parity")
+        _write(texts, report.package.path / "parity")
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-    return folder / "report.json"
+    return tuple(folder / name for name, text in texts.items() if text is not None)
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -214,7 +226,7 @@ def task_lines(variants: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], 
 
     changed: answers other than the reference's; flipped: those of them that became right or wrong by it.
     """
-    header = ("variant", "MB", "exact match", "reference", "changed", "flipped")
+    header = ("variant", "MB", variants[0]["task"]["scorer"].replace("_", " "), "reference", "changed", "flipped")
     header += ("mean KL", "same top-1", "tokens/s", "gate")
     rows: list[tuple[str, ...]] = []
     for variant in variants:
@@ -223,8 +235,8 @@ def task_lines(variants: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], 
         row = (
             variant["name"],
             f"{variant['size'] / 1e6:.2f}",
-            f"{task['exact_match']:.1%}",
-            f"{task['reference_exact_match']:.1%}",
+            f"{task['score']:.1%}",
+            f"{task['reference_score']:.1%}",
             f"{task['num_changed']} of {task['num_items']}",
             f"{task['num_lost'] + task['num_gained']} of {task['num_items']}",
             _number(values.get("kl_mean")),
@@ -291,25 +303,41 @@ def _number(value: Any) -> str:
     return f"{value:.7g}" if abs(value) > 0.9 else f"{value:.3g}"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as what JSON holds; numbers that it cannot write as their names."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, StageRow):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return _plain({"outcome": value.outcome, **fields})
+        return plain({"outcome": value.outcome, **fields})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
-def _write(document: Mapping[str, Any], folder: Path) -> None:
+def _html(document: Mapping[str, Any], media: Path | None) -> str | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from .page import page  # draws with matplotlib
+
+    def picture(name: str) -> bytes | None:
+        file = None if media is None else media / name
+        return file.read_bytes() if file is not None and file.is_file() else None
+
+    return page(document, picture)
+
+
+def _write(texts: Mapping[str, str | None], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "report.json", json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _replace(folder / "report.md", markdown(document))
+    for name, text in texts.items():
+        if text is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            _replace(folder / name, text)
 
 
 def _replace(file: Path, text: str) -> None:

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from tokenizers import Tokenizer
+
 from ..runtime.model import Model
 from ..runtime.package import Package, file_entry
 from .compare import Comparison, NotCompared, StageRow, stage_columns, stage_rows
@@ -19,8 +21,9 @@ from .journal import Journal
 from .reference import ReferenceModel, run_reference
 from .report import Report, TaskScore, VariantReport, manifest_sha256, versions, worst_examples
 from .samples import Sample
-from .shards import Questions, compare_in_shards
-from .tasks import Task, score
+from .shards import Found, Questions, compare_in_shards
+from .statistics import AnswerEvidence, Statistics, classifier, summarize
+from .tasks import ANSWER_STAGE, Task, score
 
 if TYPE_CHECKING:
     from ..export.family import RoleSpec
@@ -99,7 +102,8 @@ def validate_reference(
         rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns[name])
         if scored is not None:
             rows += (_task_row(scored, gates, columns[name]["task"]),)
-        reports.append(_variant_report(package, name, records, rows, found[name].seconds, scored))
+        told = None if task is None else _statistics(package, found[name], margins[name])
+        reports.append(_variant_report(package, name, records, rows, found[name].seconds, scored, told))
     about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
     if task is not None:
         about["task"] = task.name
@@ -191,9 +195,21 @@ def _provider(model: Model) -> str:
     return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])
 
 
+def _statistics(package: Package, found: Found, tie_margin: float) -> Statistics:
+    """Of the answers of one variant: their errors along the reference's answers are the records of that stage."""
+    errors = {r.sample: r.logits for r in found.records if isinstance(r, Comparison) and r.stage == ANSWER_STAGE}
+    answers = [
+        AnswerEvidence(answer.item.id, logits, answer.reference_ids, answer.ids, answer.num_patches)
+        for answer in found.answers
+        if (logits := errors[answer.item.id]) is not None
+    ]
+    tokenizer = Tokenizer.from_file(str(package.path / "tokenizer.json"))
+    return summarize(answers, tie_margin, classifier(tokenizer))
+
+
 def _task_row(scored: TaskScore, gates: GateTable, column: str) -> StageRow:
     values = {
-        "exact_match": scored.exact_match,
+        "score": scored.score,
         "recovery": scored.recovery,
         "flips": scored.flips,
         "changed": scored.changed,
@@ -218,6 +234,7 @@ def _variant_report(
     rows: tuple[StageRow, ...],
     seconds: float,
     scored: TaskScore | None = None,
+    told: Statistics | None = None,
 ) -> VariantReport:
     return VariantReport(
         name=name,
@@ -228,6 +245,7 @@ def _variant_report(
         examples=worst_examples(record for record in records if isinstance(record, Comparison)),
         seconds=seconds,
         task=scored,
+        statistics=told,
     )
 
 

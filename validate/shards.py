@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from ..runtime.model import Model
@@ -36,6 +36,9 @@ class _Asked:
     reference_text: str
     num_tokens: int
     seconds: float
+    ids: tuple[int, ...]
+    reference_ids: tuple[int, ...]
+    num_patches: int
 
 
 JOURNAL_TYPES = (Comparison, NotCompared, TensorErrors, LogitErrors, Choices, _Asked)
@@ -155,7 +158,7 @@ def _compare(model: Model, name: str, questions: Questions, number: int, run: Re
         records += compare_sample(model, run, questions.tie_margin[name])
     if questions.task is not None:
         answer, record = ask(model, questions.task.items[number], run)
-        records += [record, _Asked(answer.text, answer.reference_text, answer.num_tokens, answer.seconds)]
+        records += [record, _Asked(**{f.name: getattr(answer, f.name) for f in fields(_Asked)})]
     return records
 
 
@@ -164,7 +167,7 @@ def _add(found: Found, questions: Questions, number: int, records: Sequence[Reco
         if isinstance(record, _Asked):
             assert questions.task is not None
             item = questions.task.items[number]
-            found.answers.append(Answer(item, record.text, record.reference_text, record.num_tokens, record.seconds))
+            found.answers.append(Answer(item, **{f.name: getattr(record, f.name) for f in fields(_Asked)}))
         else:
             found.records.append(record)
 

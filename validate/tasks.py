@@ -1,21 +1,25 @@
-"""Task folders: questions about images with exact answers, asked of the reference and of each variant.
+"""Task folders: questions with known answers, asked of the reference and of each variant, and scored.
 
-    DIR/task.json = {"schema": "vlmport-task/1", "name": "...", "metric": "exact_match", "max_new_tokens": 48,
-                     "items": [{"id", "image": "images/0000.png", "question", "answer", "kind"}, ...]}
+    DIR/samples.jsonl   a line a question: {"id", "messages", "answers", "kind"?, "scorer"?}, media by paths inside DIR;
+                        the format of calibration data (quant.samples), whose answers are needed here
+    DIR/task.json       may be missing: {"schema": "vlmport-task/2", "name", "scorer", "max_new_tokens"}
 
-An answer is right when it equals the expected one, white space at both ends aside. Flips (arXiv 2407.09141) are items
-whose correctness changes in either direction: equal accuracy can hide them.
+A sample without a scorer of its own is scored by the task's. Flips (arXiv 2407.09141) are samples that become right or
+wrong: equal accuracy can hide them.
 """
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from ..quant.samples import SAMPLES_NAME, CalibrationSample, load_samples
 from ..runtime.errors import InputError
 from ..runtime.generate import Generation, GenerationOptions
+from ..runtime.messages import read_messages
 from ..runtime.model import Model
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
@@ -24,40 +28,67 @@ from .compare import Comparison, compare_logits
 from .reference import ReferenceRun
 from .report import TaskScore
 from .samples import Sample
+from .scorers import SCORERS, Scorer
 from .stages import logits_without_cache
+from .statistics import Ratio, ratio
 
-__all__ = ["TASK_SCHEMA", "Answer", "Item", "Task", "ask", "load_task", "score", "task_samples"]
+__all__ = [
+    "ANSWER_STAGE",
+    "TASK_NAME",
+    "TASK_SCHEMA",
+    "Answer",
+    "Item",
+    "Task",
+    "ask",
+    "load_task",
+    "score",
+    "task_samples",
+]
 
-TASK_SCHEMA = "vlmport-task/1"
+TASK_NAME = "task.json"
+TASK_SCHEMA = "vlmport-task/2"
+ANSWER_STAGE = "answer_logits"  # of the records of `ask`
+_ALL = 2**31  # samples
+_SOURCES = ("image", "image_url", "video", "video_url", "path", "url")  # of a message part
 
 
 @dataclass(frozen=True)
-class Item:
-    id: str
-    image: str  # path inside the task folder
-    question: str
-    answer: str
-    kind: str  # what is asked, for the score by kind
+class TaskSettings:
+    """task.json. Every field has a default, so that a folder with samples alone is a task."""
 
-
-@dataclass(frozen=True)
-class Task:
-    schema: str
-    name: str
-    metric: Literal["exact_match"]
-    max_new_tokens: int
-    items: tuple[Item, ...]
+    schema: str = TASK_SCHEMA
+    name: str = ""  # the folder's, if empty
+    scorer: str = "exact_match"
+    max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         if self.schema != TASK_SCHEMA:
             raise ValueError(f"schema {self.schema!r} is not {TASK_SCHEMA!r}")
+        if self.scorer not in SCORERS:
+            raise ValueError(f"scorer {self.scorer!r} is none of {', '.join(SCORERS)}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens {self.max_new_tokens} is not at least 1")
-        if not self.items:
-            raise ValueError("items is empty; a task has at least one")
-        ids = [item.id for item in self.items]
-        if twice := next((name for name in ids if ids.count(name) > 1), None):
-            raise ValueError(f"items: id {twice!r} is there twice")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. `image` (path inside the folder, or empty) and `question` are for a report's reader."""
+
+    id: str
+    messages: tuple[Mapping[str, Any], ...]
+    answers: tuple[str, ...]
+    kind: str  # what is asked, for the score by kind; may be empty
+    scorer: Scorer
+    image: str
+    question: str
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    scorer: str
+    max_new_tokens: int
+    items: tuple[Item, ...]
 
 
 @dataclass(frozen=True)
@@ -69,48 +100,53 @@ class Answer:
     reference_text: str
     num_tokens: int  # decoded after the first
     seconds: float  # for those
+    ids: tuple[int, ...] = ()
+    reference_ids: tuple[int, ...] = ()
+    num_patches: int = 0  # of all its images and clips
+
+    @property
+    def score(self) -> float:
+        return self.item.scorer.score(self.text, self.item.answers)
+
+    @property
+    def reference_score(self) -> float:
+        return self.item.scorer.score(self.reference_text, self.item.answers)
 
     @property
     def right(self) -> bool:
-        return self.text.strip() == self.item.answer.strip()
+        return self.item.scorer.is_right(self.score)
 
     @property
     def reference_right(self) -> bool:
-        return self.reference_text.strip() == self.item.answer.strip()
+        return self.item.scorer.is_right(self.reference_score)
+
+    @property
+    def changed(self) -> bool:
+        return self.text.strip() != self.reference_text.strip()
 
 
 def load_task(folder: Path) -> Task:
-    """Reads task.json, strictly; every image must be a file inside the folder. Raises InputError."""
-    file = folder / "task.json"
-    try:
-        task = from_json(Task, json.loads(file.read_text(encoding="utf-8")))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{file}: missing; --task takes a folder with a task.json") from None
-    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{file}: {error}") from error
-    for item in task.items:
-        parts = PurePosixPath(item.image).parts
-        if not parts or item.image.startswith("/") or ".." in parts:
-            raise InputError(f"{file}: items: {item.id}: image {item.image!r} is not a path inside the folder")
-        if not folder.joinpath(*parts).is_file():
-            raise InputError(f"{folder.joinpath(*parts)}: missing, though item {item.id} of {file.name} names it")
-    return task
+    """Reads a task folder, strictly; every file that a sample names must be inside it. Raises InputError."""
+    settings = _settings(folder / TASK_NAME)
+    file = folder / SAMPLES_NAME
+    samples = load_samples(folder, num_samples=_ALL, seed=0)
+    ids = [sample.id for sample in samples]
+    if twice := next((name for name in ids if ids.count(name) > 1), None):
+        raise InputError(f"{file}: id {twice!r} is there twice; each sample needs one of its own")
+    return Task(
+        name=settings.name or folder.resolve().name,
+        scorer=settings.scorer,
+        max_new_tokens=settings.max_new_tokens,
+        items=tuple(_item(folder, file, sample, settings) for sample in samples),
+    )
 
 
 def task_samples(task: Task, folder: Path) -> tuple[Sample, ...]:
-    """One prompt an item: the image, then the question."""
+    """One prompt an item, its media as absolute paths."""
     return tuple(
         Sample(
             id=item.id,
-            messages=(
-                {
-                    "role": "user",
-                    "content": [
-                        {"type": "image", "image": str(folder / item.image)},
-                        {"type": "text", "text": item.question},
-                    ],
-                },
-            ),
+            messages=tuple(_absolute(message, folder) for message in item.messages),
             max_new_tokens=task.max_new_tokens,
             ignore_eos=False,
         )
@@ -134,36 +170,113 @@ def ask(model: Model, item: Item, run: ReferenceRun) -> tuple[Answer, Comparison
         reference_text=model.builder.tokenizer.decode(list(run.generated_ids), skip_special_tokens=True),
         num_tokens=max(generation.timings.num_generated_tokens - 1, 0),
         seconds=generation.timings.decode,
+        ids=tuple(generation.token_ids),
+        reference_ids=tuple(run.generated_ids),
+        num_patches=sum(len(patches.pixel_values) for patches in prepared.visuals),
     )
-    return answer, compare_logits(item.id, "answer_logits", "decode", run.arrays()["step_logits"], logits)
+    return answer, compare_logits(item.id, ANSWER_STAGE, "decode", run.arrays()["step_logits"], logits)
 
 
 def score(task: Task, answers: Sequence[Answer]) -> TaskScore:
-    """Adds up the answers of one variant."""
+    """Adds up the answers of one variant, of which there is at least one."""
     count = len(answers)
     lost = [answer for answer in answers if answer.reference_right and not answer.right]
     gained = [answer for answer in answers if answer.right and not answer.reference_right]
-    changed = [answer for answer in answers if answer.text.strip() != answer.reference_text.strip()]
-    num_right = sum(answer.right for answer in answers)
-    num_reference_right = sum(answer.reference_right for answer in answers)
     kinds = dict.fromkeys(answer.item.kind for answer in answers)
-    by_kind = {kind: [answer.right for answer in answers if answer.item.kind == kind] for kind in kinds}
+    by_kind = {kind: [answer.score for answer in answers if answer.item.kind == kind] for kind in kinds}
     seconds = sum(answer.seconds for answer in answers)
+    intervals = {name: _ratio(answers, above, below) for name, (above, below) in _RATIOS.items()}
     return TaskScore(
         task=task.name,
+        scorer=task.scorer,
         num_items=count,
-        exact_match=num_right / count,
-        by_kind={kind: sum(right) / len(right) for kind, right in by_kind.items()},
-        reference_exact_match=num_reference_right / count,
-        recovery=num_right / num_reference_right if num_reference_right else math.nan,
+        score=intervals["score"].value,
+        by_kind={kind: sum(scores) / len(scores) for kind, scores in by_kind.items()},
+        reference_score=intervals["reference_score"].value,
+        recovery=intervals["recovery"].value,
         num_lost=len(lost),
         num_gained=len(gained),
-        flips=(len(lost) + len(gained)) / count,
-        num_changed=len(changed),
-        changed=len(changed) / count,
+        flips=intervals["flips"].value,
+        num_changed=sum(answer.changed for answer in answers),
+        changed=intervals["changed"].value,
         tokens_per_second=sum(answer.num_tokens for answer in answers) / seconds if seconds > 0 else 0.0,
+        intervals=intervals,
         answers=tuple(_record(answer) for answer in answers),
     )
+
+
+# Numerator and denominator an answer; `recovery` is paired, both from the same samples.
+_RATIOS: Mapping[str, tuple[Callable[[Answer], float], Callable[[Answer], float]]] = {
+    "score": (lambda answer: answer.score, lambda _: 1.0),
+    "reference_score": (lambda answer: answer.reference_score, lambda _: 1.0),
+    "recovery": (lambda answer: answer.score, lambda answer: answer.reference_score),
+    "flips": (lambda answer: answer.right != answer.reference_right, lambda _: 1.0),
+    "changed": (lambda answer: answer.changed, lambda _: 1.0),
+}
+
+
+def _ratio(answers: Sequence[Answer], above: Callable[[Answer], float], below: Callable[[Answer], float]) -> Ratio:
+    return ratio(np.array([above(a) for a in answers], float), np.array([below(a) for a in answers], float))
+
+
+def _settings(file: Path) -> TaskSettings:
+    try:
+        return from_json(TaskSettings, json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return TaskSettings()
+    except NotADirectoryError:
+        raise InputError(f"{file.parent}: is no folder; --task takes one with a {SAMPLES_NAME}") from None
+    except (SchemaError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _item(folder: Path, file: Path, sample: CalibrationSample, settings: TaskSettings) -> Item:
+    where = f"{file}: sample {sample.id!r}"
+    if not sample.answers:
+        raise InputError(f"{where}: answers is missing or empty; a task needs at least one right answer")
+    name = sample.scorer or settings.scorer
+    if name not in SCORERS:
+        raise InputError(f"{where}: scorer {name!r} is none of {', '.join(SCORERS)}")
+    read = read_messages(sample.messages, folder=folder)
+    images = [visual.source for visual in read.visuals if visual.kind == "image"]
+    paths = [Path(source) for source in images if isinstance(source, (str, Path)) and Path(source).is_file()]
+    texts = [
+        message["content"] if isinstance(message["content"], str) else _texts(message["content"])
+        for message in read.messages
+        if message["role"] == "user"
+    ]
+    return Item(
+        id=sample.id,
+        messages=sample.messages,
+        answers=sample.answers,
+        kind=sample.kind or "",
+        scorer=SCORERS[name],
+        image=paths[0].resolve().relative_to(folder.resolve()).as_posix() if paths else "",
+        question=" ".join(filter(None, texts)),
+    )
+
+
+def _texts(parts: Sequence[Mapping[str, Any]]) -> str:
+    return " ".join(part["text"] for part in parts if part["type"] == "text")
+
+
+def _absolute(message: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The message with its files named from the root; load_samples has checked that they are inside the folder."""
+    content = message["content"]
+    if isinstance(content, str):
+        return dict(message)
+    return {**message, "content": [_absolute_part(part, folder) for part in content]}
+
+
+def _absolute_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return {
+        key: _absolute_part(value, folder)
+        if isinstance(value, Mapping)
+        else str(folder / value)
+        if key in _SOURCES and isinstance(value, str) and not value.startswith("data:")
+        else value
+        for key, value in part.items()
+    }
 
 
 def _answer(model: Model, prepared: Prepared, sample: Sample) -> Generation:
@@ -171,13 +284,16 @@ def _answer(model: Model, prepared: Prepared, sample: Sample) -> Generation:
     return model.stream_prepared(prepared, options).finish()
 
 
-def _record(answer: Answer) -> dict[str, str]:
+def _record(answer: Answer) -> dict[str, Any]:
     return {
         "id": answer.item.id,
         "kind": answer.item.kind,
         "image": answer.item.image,
         "question": answer.item.question,
-        "expected": answer.item.answer,
+        "expected": answer.item.answers[0],
         "reference": answer.reference_text,
         "answer": answer.text,
+        "score": answer.score,
+        "right": answer.right,
+        "reference_right": answer.reference_right,
     }

@@ -55,7 +55,7 @@ _ROUNDS, _SEED = 1000, 20
 class Kl:
     """Divergence over positions, in nats, with a bootstrap interval (95 %) of its mean; same_top1 is a share."""
 
-    n: int
+    num_positions: int
     mean: float
     ci_low: float
     ci_high: float
@@ -202,7 +202,7 @@ def kl_of(errors: LogitErrors) -> Kl:
     """What a report says of divergences."""
     found = errors.metrics(0.0)
     return Kl(
-        n=found.count,
+        num_positions=found.count,
         mean=found.kl_mean,
         ci_low=found.kl_ci_low,
         ci_high=found.kl_ci_high,

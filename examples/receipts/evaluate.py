@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from inputs import Picture, pixel_values, preprocess, prompt_ids, question_ids
-from receipts import KINDS, MAX_NEW_TOKENS, heldout_example
+from receipts import KINDS, MAX_NEW_TOKENS, drawn_example
 from tokenizers import Tokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -48,7 +48,7 @@ def main() -> None:
     asked, right, wrong = Counter(), Counter(), []
     begun = time.monotonic()
     for index in range(args.num):
-        example = heldout_example(args.seed, index)
+        example = drawn_example("heldout", args.seed, index)
         said = answer(model, tokenizer, preprocess(example.image), example.question)
         asked[example.kind] += 1
         right[example.kind] += said == example.answer

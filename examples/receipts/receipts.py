@@ -197,26 +197,27 @@ def ask(receipt: Receipt, kind: Kind, item: Item | None = None) -> Example:
     return Example(receipt.image, question, answer, kind)
 
 
-def heldout_example(seed: int, index: int) -> Example:
-    """Example `index` of a held-out task: the kinds take turns, the item whose price is asked for is drawn."""
-    receipt = make_receipt("heldout", seed, index)
+def drawn_example(split: Split, seed: int, index: int) -> Example:
+    """Example `index` of a split: the kinds take turns, the item whose price is asked for is drawn."""
+    receipt = make_receipt(split, seed, index)
     chosen = int(np.random.default_rng([2, seed, index]).integers(len(receipt.items)))
     return ask(receipt, KINDS[index % len(KINDS)], receipt.items[chosen])
 
 
-def write_task(folder: Path, num: int, seed: int) -> None:
-    """Write `task.json` and one PNG an item below `folder`."""
+def write_task(folder: Path, num: int, seed: int, split: Split = "heldout") -> None:
+    """Write `samples.jsonl` and one PNG a sample below `folder`, with `task.json`: a task, and calibration data too."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    items = []
+    lines = []
     for index in range(num):
-        example = heldout_example(seed, index)
+        example = drawn_example(split, seed, index)
         image = f"images/{index:04d}.png"
         Image.fromarray(example.image).save(folder / image)
-        entry = {"id": f"{index:04d}", "image": image, "question": example.question, "answer": example.answer}
-        items.append(entry | {"kind": example.kind})
-    task = {"schema": "vlmport-task/1", "name": "receipts", "metric": "exact_match"}
-    task["max_new_tokens"] = MAX_NEW_TOKENS
-    (folder / "task.json").write_text(json.dumps(task | {"items": items}, indent=1) + "\n", encoding="utf-8")
+        content = [{"type": "image", "image": image}, {"type": "text", "text": example.question}]
+        sample = {"id": f"{index:04d}", "messages": [{"role": "user", "content": content}]}
+        lines.append(json.dumps(sample | {"answers": [example.answer], "kind": example.kind}))
+    task = {"schema": "vlmport-task/2", "name": "receipts", "scorer": "exact_match", "max_new_tokens": MAX_NEW_TOKENS}
+    (folder / "samples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "task.json").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -224,8 +225,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("--num", type=int, default=500, help="number of questions, one image each")
     parser.add_argument("--seed", type=int, default=7, help="stream of held-out receipts")
+    parser.add_argument("--split", choices=("heldout", "train"), default="heldout", help="train: to calibrate with")
     args = parser.parse_args()
-    write_task(args.out, args.num, args.seed)
+    write_task(args.out, args.num, args.seed, args.split)
     print(f"{args.out}: {args.num} questions")
 
 
