@@ -52,9 +52,8 @@ class Stage(Protocol):
 class _Inputs:
     """What the input of some linears was like, added up over all rows by their weights."""
 
-    energy: torch.Tensor  # sum of weight * x^2, [K]
     size: torch.Tensor  # sum of weight * |x|, [K]
-    hessian: torch.Tensor | None  # sum of weight * x x^T, [K, K]
+    hessian: torch.Tensor  # sum of weight * x x^T, [K, K]
     total: float = 0.0  # sum of weights
 
 
@@ -68,7 +67,7 @@ def quantize_stage(
     """Finds codes of every linear of the stage whose format is calibrated; `formats` are by the name of the weight."""
     with torch.no_grad():
         needed = {name for name in stage.linears if name in formats and formats[name].is_calibrated}
-        inputs = _observe(stage, needed, formats)
+        inputs = _observe(stage, needed)
         wanted = {name for name in needed if formats[name].method.startswith("awq")}
         folds = [fold for fold in folds if wanted.intersection(fold.readers) and _is_inside(fold, stage)]
         output_error = _OutputError(stage) if folds else None
@@ -90,7 +89,7 @@ def quantize_stage(
                 weight.data = _stands_for(weight.data, format)
 
 
-def _observe(stage: Stage, needed: set[str], formats: Mapping[str, WeightFormat]) -> dict[str, _Inputs]:
+def _observe(stage: Stage, needed: set[str]) -> dict[str, _Inputs]:
     """Inputs of the needed linears, by the name of their weight; those that read one value share an entry."""
     inputs: dict[str, _Inputs] = {}
     at_work = 0
@@ -100,16 +99,14 @@ def _observe(stage: Stage, needed: set[str], formats: Mapping[str, WeightFormat]
         for tensor, entry in seen:
             if tensor is x and inputs.setdefault(name, entry) is entry:
                 return
-        with_hessian = any("gptq" in formats[other].method for other in needed)
-        entry = inputs.setdefault(name, _empty(x.shape[-1], with_hessian))
+        size = x.shape[-1]
+        entry = inputs.setdefault(name, _Inputs(torch.zeros(size), torch.zeros(size, size)))
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         weights = stage.row_weights(at_work, len(rows))
         weighted = rows * weights[:, None]
-        entry.energy += (weighted * rows).sum(0)
         entry.size += weighted.abs().sum(0)
         entry.total += float(weights.sum())
-        if entry.hessian is not None:
-            entry.hessian.addmm_(weighted.T, rows)
+        entry.hessian.addmm_(weighted.T, rows)
         seen.append((x, entry))
 
     def watcher(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -129,10 +126,6 @@ def _observe(stage: Stage, needed: set[str], formats: Mapping[str, WeightFormat]
     return inputs
 
 
-def _empty(size: int, with_hessian: bool) -> _Inputs:
-    return _Inputs(torch.zeros(size), torch.zeros(size), torch.zeros(size, size) if with_hessian else None)
-
-
 def _is_inside(fold: Fold, stage: Stage) -> bool:
     """True where the stage holds all of a fold."""
     return all(name in stage.parameters for name in (*fold.readers, *(rows.parameter for rows in fold.writers)))
@@ -149,10 +142,8 @@ def _fold(fold: Fold, factors_C: torch.Tensor, stage: Stage, inputs: Mapping[str
         stage.parameters[name].data *= columns
         _multiply(found.column_factors, name, columns)
     entry = _inputs_of(fold, inputs)
-    entry.energy /= columns**2
     entry.size /= columns
-    if entry.hessian is not None:
-        entry.hessian.div_(columns[:, None]).div_(columns)
+    entry.hessian.div_(columns[:, None]).div_(columns)
     for rows in fold.writers:
         parameter = stage.parameters[rows.parameter]
         inverse = torch.ones(len(parameter))
@@ -198,13 +189,20 @@ class _OutputError:
 def _find(weight: torch.Tensor, inputs: _Inputs, format: WeightFormat, scale_dtype: str, name: str) -> Codes:
     """Codes of a weight by its method, factors being applied already."""
     dtype: torch.dtype = getattr(torch, scale_dtype)
-    if inputs.hessian is not None and "gptq" in format.method:
+    if "gptq" in format.method:
         return gptq_rows(weight, inputs.hessian, format, scale_dtype=dtype, name=name)
     blocks = blocks_of(weight, format.block_size)
-    importance_BS = blocks_of(inputs.energy[None], format.block_size)[0]
-    grid = best_grid(blocks, format, importance_BS, dtype)
+    grid = best_grid(blocks, format, _of_blocks(inputs.hessian, format.block_size), dtype)
     codes = grid.round(blocks).to(torch.uint8).flatten(1).numpy()
     return codes, grid.scales.numpy(), grid.zero_points.to(torch.uint8).numpy()
+
+
+def _of_blocks(hessian: torch.Tensor, block_size: int) -> torch.Tensor:
+    """What lies on the diagonal of H [K, K], block by block: [B, S, S]."""
+    missing = -len(hessian) % block_size
+    padded = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
+    blocks = padded.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size))
+    return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _stands_for(weight: torch.Tensor, format: WeightFormat) -> torch.Tensor:

@@ -65,23 +65,29 @@ def nearest_grid(
 def best_grid(
     values_NBS: torch.Tensor,
     format: WeightFormat,
-    importance_BS: torch.Tensor,
+    importance: torch.Tensor,
     scale_dtype: torch.dtype = torch.float32,
 ) -> Grid:
-    """The shrink of each block's grid with the least sum of importance * error^2; importance [B, S]."""
+    """The shrink of each block's grid with the least sum of importance * error^2; importance [B, S].
+
+    Or the least e^T importance e, e the errors of a block: importance [B, S, S].
+    """
     best = nearest_grid(values_NBS, format, scale_dtype)
-    least = _error(best, values_NBS, importance_BS)
+    least = _error(best, values_NBS, importance)
     for step in range(1, _NUM_SHRINKS + 1):
         grid = nearest_grid(values_NBS, format, scale_dtype, 1 - step * _SHRINK_STEP)
-        error = _error(grid, values_NBS, importance_BS)
+        error = _error(grid, values_NBS, importance)
         better = error < least
         least = torch.where(better, error, least)
         best.scales[better], best.zero_points[better] = grid.scales[better], grid.zero_points[better]
     return best
 
 
-def _error(grid: Grid, values_NBS: torch.Tensor, importance_BS: torch.Tensor) -> torch.Tensor:
-    return ((values_NBS - grid.nearest(values_NBS)).pow_(2) * importance_BS).sum(-1)
+def _error(grid: Grid, values_NBS: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    error = values_NBS - grid.nearest(values_NBS)
+    if importance.dim() == 2:
+        return (error.pow_(2) * importance).sum(-1)
+    return (torch.einsum("nbs,bst->nbt", error, importance) * error).sum(-1)
 
 
 def _round_up(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
