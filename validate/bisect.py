@@ -83,7 +83,7 @@ def judge_role(run: RoleRun, taps: TapStore, budget: int) -> tuple[tuple[Operato
     keys = {value: key for value, key in keys.items() if key in taps}
     asked = [*dict.fromkeys([*keys, *outputs])]
     found = dict(zip(asked, PiecedGraph(model, folder, budget).run(asked, run.feeds), strict=True))
-    references = {name: array for name, array in run.outputs.items() if name in found}
+    references = {name: array for name, array in run.outputs.items() if name in found and found[name].dtype.kind == "f"}
     references |= {value: taps.rows(key) for value, key in keys.items()}
     factors = _moved_channels(model, folder, points, run.norms)
     references = {

@@ -73,6 +73,11 @@ class EagerReference:
         """By role: they are the family's own."""
         return dict(self._modules)
 
+    def cache(self) -> list[tuple[Array, Array]]:
+        """Keys and values of each layer so far, float32 [1, K, T, H]."""
+        arrays = [tensor.float().numpy() for tensor in self._cache]
+        return list(zip(arrays[::2], arrays[1::2], strict=True))
+
     def row_order(self, role: str, patches: Sequence[Patches]) -> None:
         """None: rows are in the order of the patches everywhere."""
         del role, patches

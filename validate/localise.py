@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..export.family import RoleSpec
+from ..runtime.cache import cache_names
 from ..runtime.encode import EncodeOptions, prepare_images
 from ..runtime.model import Model
 from ..runtime.package import Package
@@ -99,13 +100,18 @@ def tap_reference(
             hidden, features = reference.vision(prepared.visuals)
     with record_taps(others, prompt):
         logits, embeds, position_ids = reference.prefill(prepared)
+    prompt_cache = _cache(reference)
     token = int(logits[-1].argmax())
     with record_taps(others, step):
         next_logits = reference.step(token)
+    step_cache = _cache(reference)
     feeds: dict[tuple[str, str], dict[str, Array]] = {
         ("decoder", "prompt"): {"inputs_embeds": prepared.seen(embeds)[None]}
     }
-    outputs = {("decoder", "prompt"): {"logits": logits}, ("decoder", "step"): {"logits": next_logits}}
+    outputs = {
+        ("decoder", "prompt"): {"logits": logits, **prompt_cache},
+        ("decoder", "step"): {"logits": next_logits, **step_cache},
+    }
     if hidden is not None:
         feeds["projector", "prompt"] = outputs["vision_encoder", "prompt"] = {"vision_features": hidden}
     if features is not None:
@@ -116,6 +122,12 @@ def tap_reference(
     return TappedRequest(
         sample.id, sample.messages, (), token, rule, modules, stores, feeds, outputs, embeds, position_ids
     )
+
+
+def _cache(reference: ReferenceModel) -> dict[str, Array]:
+    """The reference's keys and values by the names of the graph's outputs, copied: the next token changes them."""
+    names = [present for _, present in cache_names(len(reference.cache()))]
+    return dict(zip(names, (array.copy() for pair in reference.cache() for array in pair), strict=True))
 
 
 def tap_image_reference(

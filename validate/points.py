@@ -109,7 +109,8 @@ def segments(graph: GraphProto, known: Iterable[str]) -> tuple[Segment, ...]:
     """What makes each known value, in graph order; values that the graph takes as they are have no segment."""
     wiring, cuts = _Wiring.of(graph), frozenset(known)
     order = {id(node): number for number, node in enumerate(graph.node)}
-    made = [name for node in graph.node for name in node.output if name in cuts]
+    # Backwards within a node: an attention's keys, which tell of positions and rotation, before what it gives.
+    made = [name for node in graph.node for name in reversed(node.output) if name in cuts]
     return tuple(_segment(wiring, value, cuts, order) for value in made)
 
 

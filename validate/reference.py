@@ -68,6 +68,10 @@ class ReferenceModel(Protocol):
         """Its torch modules, to be tapped: see reference_taps.TappedReference."""
         ...
 
+    def cache(self) -> Sequence[tuple[Array, Array]]:
+        """Keys and values of each layer so far, float32 [1, K, T, H], keys after rotary."""
+        ...
+
     def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
         """See reference_taps.TappedReference."""
         ...

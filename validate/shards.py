@@ -87,13 +87,11 @@ def compare_in_shards(
 
             with ExitStack() as shard:
                 scope = opened if keep else shard
-                started = time.perf_counter()
-                for name, number, records in _shard(
+                for name, number, records, seconds in _shard(
                     package, reference, questions, variants, numbers, video_rule, journal, models, scope, told
                 ):
                     _add(found[name], questions, number, records)
-                    found[name].seconds += time.perf_counter() - started
-                    started = time.perf_counter()
+                    found[name].seconds += seconds
                 for name in variants:
                     if name in models:
                         found[name].provider = _provider(models[name])
@@ -117,8 +115,8 @@ def _shard(
     models: dict[str, Model],
     scope: ExitStack,
     progress: Progress,
-) -> Iterator[tuple[str, int, list[Record]]]:
-    """(variant, number of the sample, its records), variants one after the other."""
+) -> Iterator[tuple[str, int, list[Record], float]]:
+    """(variant, number of the sample, its records, seconds that they took), variants one after the other."""
 
     def model_of(name: str) -> Model:
         if name not in models:
@@ -144,12 +142,13 @@ def _shard(
             for number, sample in zip(numbers, samples, strict=True):
                 progress(len(samples) * (1 + index) + number - numbers.start, 0, f"{name}, {sample.id}")
                 if journal is not None and (sample.id, name) not in missing:
-                    yield name, number, journal.read(sample.id, name)
+                    yield name, number, journal.read(sample.id, name), 0.0
                     continue
+                started = time.perf_counter()
                 records = _compare(model_of(name), name, questions, number, runs[sample.id])
                 if journal is not None:
                     journal.append(sample.id, name, records)
-                yield name, number, records
+                yield name, number, records, time.perf_counter() - started
 
 
 def _compare(model: Model, name: str, questions: Questions, number: int, run: ReferenceRun) -> list[Record]:

@@ -57,6 +57,10 @@ class Reference:
         """Upstream's model, whose modules have the names of their tensors."""
         return {"": self._model}
 
+    def cache(self) -> list[tuple[Array, Array]]:
+        """Keys and values of each layer so far, float32 [1, K, T, H]."""
+        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in self._cache.layers]
+
     def row_order(self, role: str, patches: Sequence[Patches]) -> None:
         """None: rows are in the order of the patches everywhere."""
         del role, patches

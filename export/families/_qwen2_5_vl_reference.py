@@ -89,6 +89,10 @@ class Reference:
             hidden = hidden.reshape(len(order), -1, hidden.shape[-1])[torch.from_numpy(order)].reshape(hidden.shape)
         return hidden.float().numpy(), output.pooler_output.float().numpy()
 
+    def cache(self) -> list[tuple[Array, Array]]:
+        """Keys and values of each layer so far, float32 [1, K, T, H]."""
+        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in self._cache.layers]
+
     def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
         """Places of the merge blocks in natural order: upstream's merger has them in window order, as its blocks do."""
         visual = self._model.model.visual
