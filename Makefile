@@ -20,7 +20,7 @@ STAMP      := $(VENV)/.installed
 PIP        := $(BIN)/python -m pip --disable-pip-version-check -qq install
 VLMPORT    := $(BIN)/vlmport
 
-.PHONY: help export validate bench bench-smoke test test-slow test-gpu bench-gpu coverage lint readme format clean
+.PHONY: help export validate bench bench-smoke bench-quant test test-slow test-gpu bench-gpu coverage lint readme format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-11s %s\n' "$$name" "$$text"; done
@@ -61,6 +61,9 @@ endif
 
 bench-smoke: $(STAMP) ## the same table of a shape of 100 million parameters, under a minute on 2 cores
 	$(BIN)/python -m benchmarks run 100m --smoke
+
+bench-quant: $(STAMP) ## recipes, methods and what others offer on held-out receipts; ARGS="--num 100 --rows int4 --groups demo"
+	$(BIN)/python -m benchmarks.quant run $(ARGS)
 
 test: $(STAMP) ## the tests: offline, on the CPU, under 10 minutes on 2 cores
 	$(BIN)/python -m pytest -q -n $(WORKERS)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -30,9 +31,7 @@ from .quant_measure import Reference, measure_torch, measure_variant, reference_
 from .quant_peers import (
     BASE,
     add_decoder,
-    decoder_feeds,
     float_decoder,
-    nncf_decoder,
     onnxruntime_decoder,
     save_bitsandbytes,
 )
@@ -119,15 +118,9 @@ class Bench:
         _vlmport("quantize", str(self.package), "--recipe", str(_BASE_RECIPE))
         model = float_decoder(self.package)
         name = f"peer-{_slug(row)}"
-        try:
-            if row.maker == "onnxruntime":
-                assert row.method is not None, row.name
-                model = onnxruntime_decoder(model, row.method, row.bits)
-            else:
-                model = nncf_decoder(model, decoder_feeds(self.package, self.inputs.pairs()))
-        except ImportError as error:
-            raise RowError(f"{error.name} is not installed; pip install '.[peers]'") from error
-        add_decoder(self.package, name, model)
+        assert row.maker == "onnxruntime", row.maker
+        assert row.method is not None, row.name
+        add_decoder(self.package, name, onnxruntime_decoder(model, row.method, row.bits))
         return name
 
     def _bitsandbytes(self) -> Path:
@@ -182,15 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--samples", metavar="N", type=int, default=128, help="calibration pairs (default: 128)")
     run.add_argument("--rows", metavar="NAME", nargs="+", default=[], help="rows whose names begin so (default: all)")
     run.add_argument("--groups", metavar="GROUP", nargs="+", default=[], help="demo, outliers, int2 (default: all)")
-    rendered = commands.add_parser(
-        "render", help="the tables as Markdown, between the marks <!-- bench-quant --> of DOC"
-    )
+    rendered = commands.add_parser("render", help="the tables as Markdown, between the bench-quant marks of DOC")
     rendered.add_argument("file", metavar="FILE", type=Path)
     rendered.add_argument("--into", metavar="DOC", type=Path, required=True)
     return parser
 
 
 def _run(args: argparse.Namespace) -> QuantReport:
+    logging.disable(logging.WARNING)  # peers tell every step of theirs
     plan = load_plan(tuple(args.rows), tuple(args.groups))
     inputs = QuantInputs(args.folder / "bench-quant", args.num, args.samples)
     rows: list[RowReport] = []
@@ -221,7 +213,7 @@ def _vlmport(*arguments: str) -> None:
 
 
 def _task_sha(inputs: QuantInputs) -> str:
-    return file_entry(inputs.task() / "task.json").sha256
+    return _digest(*(file_entry(file).sha256 for file in sorted(inputs.task().glob("*.json*"))))
 
 
 def _digest(*parts: str) -> str:

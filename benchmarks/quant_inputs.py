@@ -1,11 +1,9 @@
 """What rows are made of: checkpoints, held-out questions, calibration pairs, each made once below one folder."""
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 __all__ = ["QuantInputs"]
 
@@ -45,16 +43,6 @@ class QuantInputs:
             options = ("--split", "train", "--num", str(self.num_samples), "--seed", str(_CALIBRATION_SEED))
             _run(_RECEIPTS / "receipts.py", str(folder), *options)
         return folder
-
-    def pairs(self) -> list[tuple[list[dict[str, Any]], str]]:
-        """The calibration pairs as messages and the answer, for those who take no folder."""
-        folder = self.calibration()
-        lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-        for line in lines:
-            for part in (part for message in line["messages"] for part in message["content"]):
-                if part["type"] == "image":
-                    part["image"] = str(folder / part["image"])
-        return [(line["messages"], line["answers"][0]) for line in lines]
 
 
 def _run(script: Path, *arguments: str) -> None:

@@ -43,8 +43,8 @@ def reference_runs(checkpoint: Path, package: Path, task_folder: Path, folder: P
     done = folder / "ids.json"
     if done.exists():
         ids = json.loads(done.read_text(encoding="utf-8"))
-        runs = [ReferenceRun(s, tuple(found), folder / f"{i}.npz") for i, (s, found) in enumerate(zip(samples, ids))]
-        return Reference(task, tuple(runs))
+        known = enumerate(zip(samples, ids, strict=True))
+        return Reference(task, tuple(ReferenceRun(s, tuple(kept), folder / f"{i}.npz") for i, (s, kept) in known))
     folder.mkdir(parents=True, exist_ok=True)
     with Model.load(package, "fp32") as model:
         found = run_reference(load_reference(checkpoint), model, samples, NUM_DETAILED, folder, progress)
@@ -65,7 +65,8 @@ def measure_variant(package: Path, variant: str, reference: Reference, progress:
             records.append(record)
             if number < NUM_DETAILED:
                 visual = model.features(model.prepare(run.sample.messages))
-                assert visual is not None and visual.vision is not None, item.id
+                assert visual is not None, item.id
+                assert visual.vision is not None, item.id
                 towers.append(compare_tensors(item.id, "vision", "vision", run.arrays()["vision"], visual.vision))
     scored = score(reference.task, answers)
     return _quality(records, towers, answers, reference.task, scored.tokens_per_second)
@@ -134,8 +135,8 @@ def _quality(
         kl_ci_high=logits.kl_ci_high,
         kl_p999=logits.kl_p999,
         same_top1=logits.same_top1,
-        exact_match=scored.score,
-        reference_exact_match=scored.reference_score,
+        exact_match=sum(answer.right for answer in answers) / len(answers),
+        reference_exact_match=sum(answer.reference_right for answer in answers) / len(answers),
         num_lost=scored.num_lost,
         num_gained=scored.num_gained,
         flips=scored.flips,

@@ -4,27 +4,23 @@ Each gets the decoder in float32 and leaves the other graphs, which are those of
 and the table in 8 bits, towers with rounded activations. What comes back is a variant of the same package.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable
+import io
+import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
 
 from vlmport.runtime.manifest import Variant
-from vlmport.runtime.model import Model
 from vlmport.runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
 
 __all__ = [
     "BASE",
     "add_decoder",
-    "decoder_feeds",
     "float_decoder",
-    "nncf_decoder",
     "onnxruntime_decoder",
     "save_bitsandbytes",
 ]
@@ -51,8 +47,9 @@ def float_decoder(package: Path) -> onnx.ModelProto:
     for node in model.graph.node:
         if node.op_type == "FusedMatMul" and node.input[1] in tensors:
             weight = tensors[node.input[1]]
-            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), weight.name))
-            node.op_type, node.domain = "MatMul", ""
+            turned = f"{weight.name}_T"  # what is known of the shape goes by the name
+            weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight).T.copy(), turned))
+            node.input[1], node.op_type, node.domain = turned, "MatMul", ""
             del node.attribute[:]
     return model
 
@@ -69,54 +66,10 @@ def onnxruntime_decoder(model: onnx.ModelProto, method: str, bits: int) -> onnx.
     quantizer = peer.MatMulNBitsQuantizer(
         model, bits=bits, block_size=_BLOCK, accuracy_level=4, algo_config=configs[method]()
     )
-    quantizer.process()
+    with contextlib.redirect_stdout(io.StringIO()):  # it draws a bar
+        quantizer.process()
     made = quantizer.model
     return getattr(made, "model", made)
-
-
-def nncf_decoder(model: onnx.ModelProto, feeds: Iterable[dict[str, NDArray[Any]]]) -> onnx.ModelProto:
-    """NNCF's data-aware compression: AWQ and scale estimation, asymmetric 4 bits in groups of 32."""
-    import nncf
-
-    return nncf.compress_weights(
-        model,
-        mode=nncf.CompressWeightsMode.INT4_ASYM,
-        group_size=_BLOCK,
-        ratio=1.0,
-        dataset=nncf.Dataset(list(feeds)),
-        awq=True,
-        scale_estimation=True,
-    )
-
-
-def decoder_feeds(package: Path, samples: Iterable[tuple[Any, str]]) -> list[dict[str, NDArray[Any]]]:
-    """Inputs of the decoder graph for prompts with their answers, an empty cache before them."""
-    feeds: list[dict[str, NDArray[Any]]] = []
-    with Model.load(package, "fp32") as model:
-        cache = model.manifest.cache
-        assert cache is not None
-        empty = np.zeros((1, cache.num_kv_heads, 0, cache.head_dim), np.float32)
-        for messages, answer in samples:
-            prepared = model.prepare(messages)
-            visual = model.features(prepared)
-            embeds = model.embed(prepared, None if visual is None else visual.features)
-            ids = np.array([model.builder.tokenizer.encode(answer).ids])
-            more = model.session("embed_tokens").run({"input_ids": ids}, ["inputs_embeds"])["inputs_embeds"][0]
-            steps = np.arange(len(embeds), len(embeds) + len(more)) + prepared.rope_delta
-            positions = np.concatenate(
-                [prepared.position_ids, np.broadcast_to(steps, (*prepared.position_ids.shape[:-1], len(more)))], axis=-1
-            )
-            rows = np.concatenate([embeds, more])[None]
-            pasts = {f"past_key_values.{i}.{kind}": empty for i in range(cache.num_layers) for kind in ("key", "value")}
-            feeds.append(
-                {
-                    "inputs_embeds": rows,
-                    "attention_mask": np.ones((1, rows.shape[1]), np.int64),
-                    "position_ids": np.expand_dims(positions, -2),
-                    **pasts,
-                }
-            )
-    return feeds
 
 
 def add_decoder(package: Path, name: str, model: onnx.ModelProto) -> None:
@@ -155,8 +108,6 @@ def _move_out(model: onnx.ModelProto, file: Path) -> None:
 
 def save_bitsandbytes(checkpoint: Path, folder: Path) -> None:
     """The checkpoint as bitsandbytes saves it: decoder linears in NF4, absmax quantized again; the rest in float32."""
-    import shutil
-
     import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -165,7 +116,7 @@ def save_bitsandbytes(checkpoint: Path, folder: Path) -> None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["visual", "lm_head"],
+        llm_int8_skip_modules=["model.visual", "lm_head"],
     )
     model = AutoModelForImageTextToText.from_pretrained(checkpoint, quantization_config=config, dtype=torch.float32)
     model.save_pretrained(folder)

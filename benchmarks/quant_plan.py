@@ -32,7 +32,7 @@ class QuantRow:
 
     name: str
     groups: tuple[str, ...]
-    maker: Literal["vlmport", "onnxruntime", "nncf", "bitsandbytes", "imported"] = "vlmport"
+    maker: Literal["vlmport", "onnxruntime", "bitsandbytes", "imported"] = "vlmport"
     recipe: str = "int4"
     method: str | None = None
     options: tuple[str, ...] = ()
