@@ -112,7 +112,7 @@ class RoleStages:
             assert index < len(self._shapes[self._sample]), f"{self._blocks[index][0]}: is called out of turn"
             is_last = index == self._place - 1
             return self._carried[self._sample] if is_last else self._shapes[self._sample][index]
-        raise _Done(None if self._place < 0 else forward(*inputs))
+        raise _Done(inputs if self._place < 0 else forward(*inputs))  # before the blocks: what the first one is given
 
     def _linears(self) -> dict[str, nn.Module]:
         """Linears outside the blocks that were called so far."""
