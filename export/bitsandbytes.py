@@ -68,8 +68,7 @@ def compute_in_float32(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+            vars(module).update(support_avx512bf16_for_cpu=False, compute_dtype=torch.float32, compute_type_is_set=True)
 
 
 def fold_packed(tensors: Mapping[str, "StoredTensor"]) -> dict[str, "StoredTensor"]:

@@ -13,6 +13,7 @@ from .image_processor import PatchGeometry
 from .layers import CausalDecoder, DecoderConfig, PatchMerger, RMSNorm, TokenEmbedding
 
 __all__ = [
+    "TensorRule",
     "decoder_role",
     "embedding_role",
     "language_roles",

@@ -73,7 +73,7 @@ class Decoder:
             raise InputError("the prompt is empty: give it at least one token")
         assert position_ids.shape[-1] == num_tokens, (position_ids.shape, embeds_SD.shape)
         cache.require(num_tokens)
-        visual: Array = np.zeros(num_tokens, np.bool_) if visual_S is None else visual_S
+        visual: Array = np.zeros(len(embeds_SD), np.bool_) if visual_S is None else visual_S
         logits = np.empty((num_tokens if all_logits else 1, self._vocabulary), np.float32)
         for start in range(0, num_tokens, self._chunk):
             part = slice(start, start + self._chunk)

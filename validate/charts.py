@@ -101,7 +101,7 @@ def curves(
     order: all names of the page, so that each keeps its colour; ticks: places of x with names.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 3.1), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 4.2 if ticks else 3.1), layout="constrained")  # names need room
         axes = figure.subplots()
         for line in lines:
             style = order.index(line.name) % len(_SERIES)
@@ -130,12 +130,12 @@ def curves(
 
 
 def bars(title: str, groups: Mapping[str, Sequence[Bar]], *, order: Sequence[str], x_label: str) -> str:
-    """Horizontal bars, one panel a group, a common x axis; the value stands at the end of each bar."""
+    """Horizontal bars, one panel a group, each to its own scale; the value stands at the end of each bar."""
     count = sum(len(group) for group in groups.values())
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 0.9 + 0.32 * count + 0.3 * len(groups)), layout="constrained")
         panels = figure.subplots(
-            len(groups), 1, sharex=True, squeeze=False, height_ratios=[len(group) + 0.6 for group in groups.values()]
+            len(groups), 1, squeeze=False, height_ratios=[len(group) + 0.6 for group in groups.values()]
         )[:, 0]
         for axes, (name, group) in zip(panels, groups.items(), strict=True):
             places = range(len(group))

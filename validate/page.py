@@ -14,7 +14,7 @@ from .advice import broken_gates, layers_to_raise
 from .page_examples import Pictures, examples
 from .page_parts import Document, Table, interval, kl_of, number, share
 
-__all__ = ["page"]
+__all__ = ["Verdict", "page"]
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _NUM_BROKEN = 4  # broken limits told beside a verdict; the page has all

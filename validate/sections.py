@@ -49,8 +49,8 @@ def waterfall(document: Document) -> Section | None:
         "Each step swaps exactly one thing, in this order, from the reference to the variant as it runs; a bar is "
         f"what the mean KL grew by.{floor}",
         svg,
-        f"{samples['num_samples']} samples, {samples['num_positions']} positions; lines are 95 % intervals of paired "
-        f"differences.{too_small}",
+        f"{samples['num_samples']} samples, {samples['num_positions']} positions; each variant has its own scale; "
+        f"lines are 95 % intervals of paired differences.{too_small}",
         (Table("All steps", ("variant", "step", "added", "alone", "up to here", "what"), rows, (1, 5), folded=True),),
     )
 
@@ -89,7 +89,7 @@ def layers(document: Document) -> Section | None:
         Markup(
             curves("Drift by layer", lines, order=names(document), x_label="", y_label="relative L2 error", ticks=ticks)
         ),
-        f"{found[0]['layers'][0]['num_samples']} samples.",
+        f"Samples: {found[0]['layers'][0]['num_samples']}.",
         (
             Table(
                 "All layers",

@@ -39,6 +39,7 @@ __all__ = [
     "Answer",
     "Item",
     "Task",
+    "TaskSettings",
     "ask",
     "load_task",
     "score",
