@@ -139,21 +139,17 @@ def fixed_area_spec(processor: Json, *, patch_size: int, merge_size: int) -> Ima
     )
 
 
-def square_spec(
-    processor: Json, side: int, patch_size: int, *, merge_size: int = 1, pads: bool | None = None
-) -> ImageSpec:
+def square_spec(processor: Json, side: int, patch_size: int, *, merge_size: int = 1, pads: bool = False) -> ImageSpec:
     """The ImageSpec of an image processor of CLIP, SigLIP or LLaVA, for a tower that takes squares of `side` pixels.
 
-    `pads`: whether images are padded to squares first; None is as the file says. Raises CheckpointError where it leaves
-    out a step, or gives images of another size than the tower takes.
+    `pads`: whether images are padded to squares first, which not every class does that has a field for it. Raises
+    CheckpointError where the file leaves out a step, or gives images of another size than the tower takes.
     """
     kind = read_field(processor, "image_processor_type", str, "CLIPImageProcessor", file=_FILE)
     own = {name: value for name, value in processor.items() if value is not None}
     said = {**(_SIGLIP_PROCESSOR if kind.startswith("Siglip") else _CLIP_PROCESSOR), **own}
     if skipped := [step for step in _STEPS if not read_field(said, step, bool, True, file=_FILE)]:
         raise CheckpointError(f"{_FILE}: {skipped[0]} is false, which is not supported; every step must be on")
-    if pads is None:  # other classes obey the same field by filling up a batch, whose images are of one size here
-        pads = kind.startswith("LlavaImageProcessor") and read_field(said, "do_pad", bool, False, file=_FILE)
     mean = read_numbers(said, "image_mean", file=_FILE)
     strategy, resized = _square_steps(said, side, pads)
     return ImageSpec(

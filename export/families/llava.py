@@ -319,7 +319,10 @@ def image_spec(config: Json, documents: Mapping[str, Json]) -> ImageSpec:
     """The processor's own settings. Those of the first release are its tower's, where the file is not there."""
     side, patch = image_size(config), tower_config(config).patch_size
     if not is_first_form(config):
-        return square_spec(image_processor(documents), side, patch)
+        processor = {name: value for name, value in image_processor(documents).items() if value is not None}
+        # Other classes obey do_pad by filling up a batch, whose images are of one size here.
+        own_class = str(processor.get("image_processor_type", "")).startswith("LlavaImageProcessor")
+        return square_spec(processor, side, patch, pads=own_class and read_field(processor, "do_pad", bool, False))
     published: Json = {"size": side, "crop_size": side}
     own = documents.get("preprocessor_config.json", published)
     return square_spec(own, side, patch, pads=config.get("image_aspect_ratio") == "pad")
