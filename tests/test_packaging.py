@@ -185,13 +185,21 @@ def test_make_export_takes_its_variables() -> None:
         ".venv/bin/vlmport export /models/mine -o build/packages/mine --recipe int4 --target cuda --overwrite"
     )
     first = dry_run("export", "CHECKPOINT=/models/mine", "PACKAGE=/data/package")[0].rstrip()
-    assert first == ".venv/bin/vlmport export /models/mine -o /data/package --recipe fp32 int8 int4 --target cpu"
+    assert first == ".venv/bin/vlmport export /models/mine -o /data/package --recipe fp32 fp16 int8 int4 --target cpu"
 
 
 def test_make_export_alone_is_the_demo_with_its_report() -> None:
     export, validate = [line for line in dry_run("export") if "bin/vlmport" in line]
     assert " examples/receipts/checkpoint -o build/packages/receipts " in export
     assert " --reference examples/receipts/checkpoint --task build/tasks/receipts" in validate
+
+
+def test_make_validate_alone_is_the_whole_report_of_the_demo() -> None:
+    (validate,) = [line for line in dry_run("validate") if "vlmport validate" in line]
+    assert " --task build/tasks/receipts" in validate
+    assert "--no-" not in validate
+    (validate,) = [line for line in dry_run("validate", "CHECKPOINT=/models/mine") if "vlmport validate" in line]
+    assert "--task" not in validate
 
 
 def test_too_old_a_python_is_told_before_anything_is_made(tmp_path: Path) -> None:

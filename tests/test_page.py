@@ -106,6 +106,7 @@ def test_examples_show_picture_both_answers_and_the_first_other_word(html):
     assert "<mark>&lt;i&gt;</mark>" in html
     assert "<mark>peas</mark>" in html
     assert "int4 leaves at token 3" in reader.words
+    assert "PyTorch leeks fp32, int8, int4 peas" in reader.words, "equal answers stand there once"
 
 
 def test_parts_that_were_not_measured_are_left_out():

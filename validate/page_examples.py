@@ -42,10 +42,9 @@ def _severity(scored: Sequence[Document], index: int) -> tuple[int, int]:
 def _card(scored: Sequence[Document], index: int, pictures: Pictures) -> ExampleCard:
     item = scored[0]["task"]["answers"][index]
     steps: list[str] = []
-    answers = [("expected", escape(item["expected"])), ("PyTorch", escape(item["reference"]))]
+    who: dict[str, list[str]] = {item["reference"]: ["PyTorch"]}  # by text, so that equal answers stand there once
     for variant in scored:
-        text = variant["task"]["answers"][index]["answer"]
-        answers.append((variant["name"], _marked(item["reference"], text)))
+        who.setdefault(variant["task"]["answers"][index]["answer"], []).append(variant["name"])
         for each in (variant.get("statistics") or {}).get("divergences", ()):
             if each["sample"] == item["id"]:
                 kind = "a near tie" if each["tie_like"] else "an error"
@@ -58,7 +57,10 @@ def _card(scored: Sequence[Document], index: int, pictures: Pictures) -> Example
         about=f"{', '.join(filter(None, (item['id'], item['kind'])))}. {'; '.join(steps)}",
         picture="" if file is None else _thumbnail(file),
         alt=f"the picture of example {item['id']}",
-        answers=tuple(answers),
+        answers=(
+            ("expected", escape(item["expected"])),
+            *((", ".join(names), _marked(item["reference"], text)) for text, names in who.items()),
+        ),
     )
 
 
