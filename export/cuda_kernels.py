@@ -14,6 +14,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     "Add": {
         ("float16", "float16"): True,
         ("float32", "float32"): True,
+        ("int64", "int64"): True,
     },
     "Cast": {
         ("bool",): True,
@@ -29,19 +30,22 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
         ("float32", "float32"): True,
     },
     "Concat": {
+        ("float16", "float16"): True,
+        ("float16", "float16", "float16"): True,
         ("float32", "float32"): True,
         ("float32", "float32", "float32"): True,
         ("float32", "float32", "float32", "float32"): True,
         ("int64", "int64"): True,
         ("int64", "int64", "int64"): True,
     },
+    "Conv": {
+        ("float16", "float16", "float16"): True,
+    },
     "Cos": {
         ("float32",): True,
     },
     "Div": {
         ("float32", "float32"): True,
-    },
-    "Equal": {
         ("int64", "int64"): True,
     },
     "Expand": {
@@ -55,9 +59,6 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "Gelu": {
         ("float16",): True,
-    },
-    "GreaterOrEqual": {
-        ("int64", "int64"): True,
     },
     "LayerNormalization": {
         ("float16", "float16", "float16"): True,
@@ -82,6 +83,9 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     "Not": {
         ("bool",): True,
     },
+    "Pad": {
+        ("float16", "int64"): True,
+    },
     "RMSNormalization": {
         ("float16", "float16"): True,
         ("float32", "float16"): True,
@@ -96,6 +100,9 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "ReduceMax": {
         ("int64",): True,
+    },
+    "ReduceMean": {
+        ("float16", "int64"): True,
     },
     "ReduceSum": {
         ("int64", "int64"): True,
@@ -131,6 +138,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
         ("float32", "int64", "int64", "int64"): True,
         ("float32", "int64", "int64", "int64", "int64"): True,
         ("int64", "int64", "int64"): True,
+        ("int64", "int64", "int64", "int64"): True,
         ("int64", "int64", "int64", "int64", "int64"): True,
     },
     "Softmax": {
@@ -178,8 +186,10 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
 HOST_INPUTS: Mapping[str, tuple[int, ...]] = {
     "CastLike": (1,),
     "Expand": (1,),
+    "Pad": (1,),
     "Range": (0, 1, 2),
     "ReduceL2": (1,),
+    "ReduceMean": (1,),
     "ReduceSum": (1,),
     "Reshape": (1,),
     "Slice": (1, 2, 3, 4),

@@ -12,6 +12,7 @@ import pytest
 from test_families import lowered, role_of, torch_module, with_values
 
 from vlmport.export.family import families, load_family
+from vlmport.runtime.routing import routing_inputs
 
 DECODERS = [name for name in families() if "decoder" in load_family(name).roles(load_family(name).tiny_config)]
 LENGTHS = (5, 3, 1)
@@ -47,6 +48,9 @@ class Graph:
             "position_ids": np.broadcast_to(rows, (*axes, num_rows, num_new)).astype(np.int64),
             "num_logits_to_keep": np.array([0]),
         }
+        if "text_rows" in self.shapes:  # of all rows of the batch, one after the other
+            routed = routing_inputs(np.zeros(num_rows * num_new, bool))
+            feeds |= routed | {"row_places": routed["row_places"].reshape(num_rows, num_new)}
         binding, held = self.session.io_binding(), []
         for name, array in (feeds | caches).items():
             value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array) if name in feeds else array)

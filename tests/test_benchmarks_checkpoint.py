@@ -134,7 +134,8 @@ def test_config_tokenizer_and_generation_speak_of_the_same_ids(name: str, tmp_pa
         ("image_token_id", "<|image_pad|>"),
         ("video_token_id", "<|video_pad|>"),
     ):
-        assert tokenizer.token_to_id(token) == shape.config[key], key
+        if key in shape.config:  # not every family has all of them
+            assert tokenizer.token_to_id(token) == shape.config[key], key
     ends = [tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
     assert shape.generation_config["eos_token_id"] == ends
     text = "What is the total of this receipt? 12,50 €\n"

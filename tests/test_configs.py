@@ -17,6 +17,8 @@ WITH_DECODER = [name for name in families() if "decoder" in load_family(name).ro
 WITH_MERGE_BLOCKS = [
     name for name in families() if "spatial_merge_size" in load_family(name).tiny_config.get("vision_config", {})
 ]
+# Published files leave the field out, and transformers' default stands for it.
+DEFAULTED = {("llava", "rms_norm_eps")}
 GEOMETRY = PatchGeometry(channels=3, patch_size=14, merge_size=2, num_frames=2)
 
 
@@ -73,6 +75,9 @@ def test_what_the_modules_cannot_do_is_refused(name: str, path: str, value: Any,
         path = path.replace("vision_config", tower)
         if tower != "vision_config":  # a file of its own, whose fields have no prefix
             told = told.replace("vision_config.", "")
+    if value is None and (name, path) in DEFAULTED:
+        spec.roles(edited(spec.tiny_config, where + path, value))
+        return
     with pytest.raises(CheckpointError, match=f"config.json.*{told}") as caught:
         spec.roles(edited(spec.tiny_config, where + path, value))
     assert "\n" not in str(caught.value)

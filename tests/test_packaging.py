@@ -28,7 +28,7 @@ LAYER_EXTRAS = {
     "runtime": ("cpu", "video"),
     "quant": ("cpu", "video", "export"),
     "export": ("cpu", "video", "export"),
-    "validate": ("cpu", "video", "export"),
+    "validate": ("cpu", "video", "export", "report"),
     "cli": ("cpu", "video", "export"),
 }
 

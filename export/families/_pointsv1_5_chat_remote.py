@@ -81,7 +81,7 @@ class Reference:
         if prepared.visuals:
             rows = torch.from_numpy(self.vision(prepared.visuals)[1])
             places = [place for run in prepared.runs for place in range(run.start, run.start + run.length)]
-            embeds[0, places] = rows
+            embeds[0, places] = rows.to(embeds.dtype)  # bfloat16 where the reference's own noise is measured
         return self._advance(inputs_embeds=embeds), embeds[0].float().numpy(), None
 
     @torch.inference_mode()

@@ -140,9 +140,11 @@ def roles(config: Json) -> dict[str, RoleSpec]:
         rows = RowBlocks(0, shape[0], stored_vocab) if shape[0] < stored_vocab else None
         return TensorRef(name, (stored_vocab, *shape[1:]), rows)
 
+    head = "model.embed_tokens.weight" if is_tied(config) else "lm_head.weight"
+
     def text_tensor(parameter: str, shape: tuple[int, ...]) -> TensorRef:
         if parameter == "lm_head.weight":
-            return vocabulary("model.embed_tokens.weight" if is_tied(config) else "lm_head.weight", shape)
+            return vocabulary(head, shape)
         return TensorRef(f"model.{parameter.replace('visual_', SECOND_SET)}", shape)
 
     decoder_graph = decoder_role(decoder, text_tensor)
