@@ -40,7 +40,7 @@ def lowered(family: str, role: str, target: str) -> ir.Model:
 def test_families_are_found_by_listing() -> None:
     assert len(families()) >= 2
     for name in families():
-        assert re.sub(r"\W", "_", load_family(name).name) == name
+        assert re.sub(r"\W", "_", load_family(name).name).lower() == name
 
 
 @pytest.mark.parametrize("name", families())
@@ -115,7 +115,7 @@ def test_graph_equals_its_modules_at_sizes_it_was_not_traced_at(family: str, rol
             expected = module(*arguments)
         expected = expected if isinstance(expected, tuple) else (expected,)
         for want, have in zip(expected, session.run(None, feeds), strict=True):
-            np.testing.assert_allclose(have, want.numpy(), atol=2e-5, rtol=1e-4)
+            np.testing.assert_allclose(have, want.numpy(), atol=5e-5, rtol=1e-4)
 
 
 # One image of 4 x 4 patches, then two of 4 x 2 and 2 x 6; batch 1 and 2, with and without a past.

@@ -84,8 +84,9 @@ class RoutedAttention(nn.Module):
             num_kv_heads=self.num_kv_heads,
         )
         if not self.twice:
-            return route.apart(self.get_submodule("o_proj")(out_BSQ).flatten(0, 1)), present_key, present_value
-        text, visual = route.apart(out_BSQ.flatten(0, 1))
+            out_BSD = self.get_submodule("o_proj")(out_BSQ)
+            return route.apart(_rows(out_BSD)), present_key, present_value
+        text, visual = route.apart(_rows(out_BSQ))
         projected = self.get_submodule("o_proj")(text), self.get_submodule("visual_o_proj")(visual)
         return projected, present_key, present_value
 
@@ -162,7 +163,7 @@ class RoutedDecoder(nn.Module):
         rotary = (torch.cos(angles), torch.sin(angles))
         routing = (text_rows, visual_rows, row_places)
         dtype = self.norm.weight.dtype
-        text, visual = Routing(*routing).apart(inputs_embeds.flatten(0, 1))
+        text, visual = Routing(*routing).apart(_rows(inputs_embeds))
         rows = text.to(dtype), visual.to(dtype)
         present: list[torch.Tensor] = []
         run = BlockRunner()
@@ -181,3 +182,8 @@ def _each(text: nn.Module, visual: nn.Module | None, rows: Rows) -> Rows:
 
 def _sum(left: Rows, right: Rows) -> Rows:
     return left[0] + right[0], left[1] + right[1]
+
+
+def _rows(x_BSE: torch.Tensor) -> torch.Tensor:
+    """[B * S, E], its first size left open: a product of sizes would be a node of its own in every layer."""
+    return x_BSE.reshape(-1, x_BSE.shape[-1])
