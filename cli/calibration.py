@@ -9,7 +9,7 @@ from ..quant.samples import SAMPLES_NAME
 from ..runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from ..export.calibrate import CalibrationOptions
+    from ..export.feeds import CalibrationOptions
 
 __all__ = ["add_calibration", "calibration_options"]
 
@@ -40,7 +40,7 @@ def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None"
             raise InputError(f"--{name.replace('_', '-')} {value}: goes with --calibration DIR; give both or none")
     if args.calibration is None:
         return None
-    from ..export.calibrate import CalibrationOptions  # torch is needed from here on
+    from ..export.feeds import CalibrationOptions  # torch is needed from here on
 
     num_samples = _DEFAULT_SAMPLES if args.calibration_samples is None else args.calibration_samples
     if num_samples < 1:

@@ -4,20 +4,24 @@ The package is never half-written: interrupted at any moment, it is what it was 
 """
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..quant.apply import quantize_package
-from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, Recipe, load_recipe
+from ..quant.apply import open_float_graph, quantize_package
+from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, MIXED_NAME, Recipe, load_recipe
 from ..runtime.errors import CheckpointError, RecipeError
 from ..runtime.package import Package, file_entry
 from ..validate.selfcheck import write_selfcheck
 from .calibration import add_calibration, calibration_options
+from .mixed import add_budget, budget_of, choose, print_choice
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..export.calibrate import CalibrationOptions, Calibrator
+    from ..export.calibrate import Calibrator
+    from ..export.feeds import CalibrationOptions
+    from ..export.graphs import FloatGraphs
 
 __all__ = ["add_arguments", "execute"]
 
@@ -25,10 +29,14 @@ __all__ = ["add_arguments", "execute"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="PACKAGE", type=Path, help="folder that `vlmport export` made")
     parser.add_argument(
-        "--recipe", metavar="R", required=True, help=f"{', '.join(BUILTIN_NAMES)} or a .json file; names the variant"
+        "--recipe",
+        metavar="R",
+        required=True,
+        help=f"{', '.join(BUILTIN_NAMES)}, {MIXED_NAME} or a .json file; names the variant",
     )
     parser.add_argument("--block-size", metavar="N", type=int, help="weights a scale in int8 and int4 (default: 32)")
     add_calibration(parser)
+    add_budget(parser)
     parser.add_argument(
         "--checkpoint",
         metavar="CHECKPOINT",
@@ -39,20 +47,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    recipe = load_recipe(args.recipe, block_size=args.block_size, method=args.method)
+    budget = budget_of(args)
+    recipe = None if budget is not None else load_recipe(args.recipe, block_size=args.block_size, method=args.method)
     before = Package.open(args.package)
     options = calibration_options(args)
-    if options is not None and not recipe.is_calibrated(target=before.manifest.target):
+    if options is not None and recipe is not None and not recipe.is_calibrated(target=before.manifest.target):
         raise RecipeError(
             f"--calibration {options.folder}: no method of {recipe.name} looks at data; leave it out, "
             f"or give --method {', '.join(CALIBRATED_METHODS)}"
         )
     with Progress("quantize") as progress:
         calibrate = None if options is None else _calibrator(before, options, progress)
-        if args.checkpoint is None:
-            after = quantize_package(args.package, recipe, progress=progress, calibrate=calibrate)
-        else:
-            after = _from_checkpoint(before, args.checkpoint, recipe, progress, calibrate)
+        graphs = None if args.checkpoint is None else _float_graphs(before, args.checkpoint, progress)
+        allocation = None
+        if budget is not None:
+            open_role = graphs.open_role if graphs is not None else functools.partial(open_float_graph, before)
+            chosen = choose(before, budget, calibrate, open_role, args.block_size, progress)
+            recipe, allocation = chosen.recipe, chosen.allocation
+            calibrate = None  # its data are part of the allocation
+            print_choice(chosen)
+        assert recipe is not None
+        after = quantize_package(
+            args.package,
+            recipe,
+            graphs=None if graphs is None else graphs.graphs,
+            sources=None if graphs is None else graphs.sources,
+            progress=progress,
+            calibrate=calibrate,
+            allocation=allocation,
+        )
+    return _report(before, after, recipe, time.perf_counter() - started)
+
+
+def _report(before: Package, after: Package, recipe: Recipe, seconds: float) -> int:
     is_new = recipe.name not in before.manifest.variants
     golden = after.path / "parity" / "golden"
     if golden.is_dir() and (is_new or not (golden / f"{recipe.name}.npz").is_file()):  # else nothing to extend
@@ -63,7 +90,7 @@ def execute(args: argparse.Namespace) -> int:
     added = sum(entry.size for name, entry in after.manifest.files.items() if name not in before.manifest.files)
     print(
         f"{after.path}: added {recipe.name}, {after.size(recipe.name) / 1e6:.1f} MB "
-        f"of which {added / 1e6:.1f} MB are new, in {time.perf_counter() - started:.1f} s"
+        f"of which {added / 1e6:.1f} MB are new, in {seconds:.1f} s"
     )
     return 0
 
@@ -74,16 +101,11 @@ def _calibrator(package: Package, options: "CalibrationOptions", progress: Progr
     return package_calibrator(package, options, progress)
 
 
-def _from_checkpoint(
-    package: Package, checkpoint: Path, recipe: Recipe, progress: Progress, calibrate: "Calibrator | None"
-) -> Package:
+def _float_graphs(package: Package, checkpoint: Path, progress: Progress) -> "FloatGraphs":
     from ..export.checkpoint import Checkpoint  # these two need torch, which the package's own weights do not
     from ..export.graphs import float_graphs
 
     for file in Checkpoint.open(checkpoint).files:
         if package.manifest.source.files.get(file.name) != file_entry(file):
             raise CheckpointError(f"{file}: is not what {package.path} was made from; give the checkpoint it came from")
-    graphs = float_graphs(checkpoint, package.manifest.target, lambda what: progress(0, 0, what))
-    return quantize_package(
-        package.path, recipe, graphs=graphs.graphs, sources=graphs.sources, progress=progress, calibrate=calibrate
-    )
+    return float_graphs(checkpoint, package.manifest.target, lambda what: progress(0, 0, what))

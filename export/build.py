@@ -17,10 +17,11 @@ from ..quant.variant import write_variant
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import SCHEMA, CacheSpec, FileEntry, Manifest, Source, Variant
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
-from .calibrate import CalibrationOptions, Calibrator, check_calibration, prompt_builder
+from .calibrate import Calibrator, check_calibration
 from .checkpoint import Checkpoint
 from .documents import collect_documents
 from .family import ManifestParts, roles_of
+from .feeds import CalibrationOptions, prompt_builder
 from .graphs import FloatGraphs, float_graphs
 from .lower import COMPUTE_DTYPE, Target
 from .output import check_output, whole_folder

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from ..runtime.disk import sync
 from ..runtime.errors import PackageError, RecipeError
-from ..runtime.manifest import ROLES, GraphFile, Manifest
+from ..runtime.manifest import ROLES, Allocation, GraphFile, Manifest
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text, only_writer
 from ..runtime.schema import to_json
 from .recipe import Recipe
@@ -66,13 +66,14 @@ def quantize_package(
     sources: Mapping[str, WeightSource] | None = None,
     progress: Progress | None = None,
     calibrate: Calibrate | None = None,
+    allocation: Allocation | None = None,
 ) -> Package:
     """Adds the variant `recipe.name` to the package and gives the package as it is then.
 
     Float graphs and weights come from `graphs` and `sources` by role, or else from a variant of the package that holds
     the weights as the checkpoint does. Files that another variant has already are shared. `calibrate` is for recipes
-    whose methods look at activations. Does nothing where the same variant is there already. Raises RecipeError,
-    PackageError, CapacityError.
+    whose methods look at activations; `allocation` tells how the bits of the recipe were chosen. Does nothing where the
+    same variant is there already. Raises RecipeError, PackageError, CapacityError.
     """
     Package.open(path)  # before anything in the folder is touched
     with only_writer(Path(path)):
@@ -81,7 +82,7 @@ def quantize_package(
             return package
         staging = _clean_staging(package)
         try:
-            manifest = _build(package, recipe, staging, graphs, sources, progress, calibrate)
+            manifest = _build(package, recipe, staging, graphs, sources, progress, calibrate, allocation)
             _publish(package.path, staging, manifest)
         finally:
             shutil.rmtree(staging)
@@ -150,6 +151,7 @@ def _build(
     sources: Mapping[str, WeightSource] | None,
     progress: Progress | None,
     calibrate: Calibrate | None,
+    allocation: Allocation | None,
 ) -> Manifest:
     """Writes the files that are not in the package yet into `staging`; gives the manifest with the new variant."""
     manifest = package.manifest
@@ -179,7 +181,7 @@ def _build(
         open_tables=open_tables,
         calibrate=calibrate,
     )
-    variants = manifest.variants | {recipe.name: variant}
+    variants = manifest.variants | {recipe.name: dataclasses.replace(variant, allocation=allocation)}
     return dataclasses.replace(manifest, variants=variants, files=dict(sorted((manifest.files | files).items())))
 
 

@@ -12,10 +12,11 @@ from .dynamic import quantize_channels
 from .hqq import hqq_rows
 from .nf4 import quantize_flat
 from .pack import Piece, pack_codes, pack_zero_points
+from .recipe import WeightFormat
 from .rewrite import StoredTensor
-from .rtn import quantize_rows
+from .rtn import Float32, dequantize_rows, quantize_rows, round_to
 
-__all__ = ["convert_rows"]
+__all__ = ["convert_rows", "stands_for"]
 
 
 def convert_rows(
@@ -48,6 +49,15 @@ def convert_rows(
         "zero_points": pack_zero_points(zero_points, format),
     }
     return [pieces[tensor.piece] for tensor in tensors]
+
+
+def stands_for(rows: Float32, format: WeightFormat, scale_dtype: str, name: str = "weight") -> Float32:
+    """The values, float32, that a kernel computes with where rows [N, K] are stored so: a float, or blocks of codes."""
+    if not format.is_quantized:
+        return rows if format.bits == 32 else round_to(rows, "float16")
+    assert format.has_blocks, format.label
+    find = hqq_rows if format.method == "hqq" else quantize_rows
+    return dequantize_rows(*find(rows, format, scale_dtype=scale_dtype, name=name), rows.shape[1])
 
 
 def _packed_columns(tensors: list[StoredTensor], bits: int) -> int:

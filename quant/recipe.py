@@ -20,6 +20,7 @@ __all__ = [
     "BUILTIN_NAMES",
     "CALIBRATED_METHODS",
     "METHODS",
+    "MIXED_NAME",
     "Recipe",
     "Rule",
     "Target",
@@ -33,6 +34,7 @@ __all__ = [
 METHODS = ("rtn", "hqq", "awq", "gptq", "awq+gptq")
 CALIBRATED_METHODS = ("awq", "gptq", "awq+gptq")  # those that look at activations
 BUILTIN_NAMES = ("fp32", "fp16", "int8", "int4", "nf4", "int2", "int8-dynamic")
+MIXED_NAME = "int4-mixed"  # its rules follow from measurements (export/mixed.py): one for every weight
 Target = Literal["cpu", "cuda"]  # what a package's graphs were lowered for
 _BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
 _BLOCK_SIZES_OF_2_BITS = (32, 64, 128)  # of the others it computes 50 times slower

@@ -32,6 +32,7 @@ __all__ = [
     "piece_names",
     "restore_float",
     "rewrite",
+    "weights_of",
 ]
 
 # Names of the initializers of a quantized weight, as ONNX Runtime's own quantizers give them.
@@ -87,7 +88,7 @@ def rewrite(model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu") 
     Raises RecipeError where the recipe cannot be applied to this graph.
     """
     graph = model.graph
-    weights = {str(value.name): value for value in graph.initializers.values() if _is_weight(value)}
+    weights = weights_of(graph)
     _check_rules(recipe, role, list(weights), target)
     stored: list[StoredTensor] = []
     initializers = list(graph.initializers.values())
@@ -109,6 +110,11 @@ def rewrite(model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu") 
     if any(tensor.format is not None and tensor.format.is_quantized for tensor in stored):
         graph.opset_imports.setdefault("com.microsoft", 1)
     return tuple(stored)
+
+
+def weights_of(graph: ir.Graph) -> dict[str, ir.Value]:
+    """The weights of linears and embedding tables in a float graph: what rules reach, by parameter."""
+    return {str(value.name): value for value in graph.initializers.values() if _is_weight(value)}
 
 
 def piece_names(parameter: str) -> dict[str, Piece]:

@@ -12,6 +12,7 @@ __all__ = [
     "ROLES",
     "SCHEMA",
     "SQUARE_STRATEGIES",
+    "Allocation",
     "CacheSpec",
     "Calibration",
     "ConnectorSpec",
@@ -352,6 +353,26 @@ class Manifest:
 def _above_zero(spec: Any, *names: str) -> None:
     """Raises ValueError naming the first field, by name, that is not a finite number above 0."""
     for name in sorted(names):
+@dataclass(frozen=True)
+class Allocation:
+    """How bits were chosen weight by weight.
+
+    KL is KL(float || variant) of answer tokens, with images in context, in nats.
+    """
+
+    kl_calibration: float  # mean over the samples that bits were chosen by
+    kl_promised: float  # what the mean over other samples like them stays under: a bound of 95 %
+    kl_held_out: float  # mean over samples that bits were not chosen by
+    num_samples: int
+    num_held_out: int
+    num_answer_tokens: int  # of both
+    calibration: Calibration  # the data
+    sensitivity: dict[str, dict[str, float]]  # "role/parameter" -> bits -> mean KL where it alone has so many
+    max_bytes: int | None = None  # the budget: one of the two
+    max_kl: float | None = None
+
+
         value = getattr(spec, name)
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it has to be above 0")
+    allocation: Allocation | None = None  # None where the recipe's author chose the bits

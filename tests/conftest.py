@@ -50,6 +50,24 @@ def package_of(shared_folder: Path) -> Callable[[Path], Path]:
     return functools.partial(exported, folder=shared_folder)
 
 
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three samples with a picture and an answer each, one of text alone."""
+    import json
+
+    from vlmport.validate.samples import draw_picture
+
+    folder = tmp_path_factory.mktemp("calibration")
+    lines = []
+    for number, (width, height) in enumerate([(84, 56), (56, 112), (112, 84)]):
+        draw_picture(number, width, height).save(folder / f"{number}.png")
+        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What is it?"}]
+        lines.append({"id": str(number), "messages": [{"role": "user", "content": content}], "answers": ["a house"]})
+    lines.append({"id": "text", "messages": [{"role": "user", "content": "Say something."}]})
+    (folder / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    return folder
+
+
 def exported(checkpoint: Path, folder: Path) -> Path:
     import fcntl
 

@@ -11,8 +11,9 @@ import torch
 from golden_cases import GOLDENS
 
 from vlmport.cli.main import main
-from vlmport.export.calibrate import CalibrationOptions, package_calibrator, read_rows
+from vlmport.export.calibrate import package_calibrator, read_rows
 from vlmport.export.family import family_of, roles_of
+from vlmport.export.feeds import CalibrationOptions
 from vlmport.export.stages import RoleStages
 from vlmport.quant.apply import open_float_graph, quantize_package
 from vlmport.quant.folds import Fold, find_folds
@@ -25,20 +26,6 @@ from vlmport.runtime.package import Package
 from vlmport.validate.samples import draw_picture
 
 TINY = GOLDENS / "tiny_a"
-
-
-@pytest.fixture(scope="session")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three samples with a picture and an answer each, one of text alone."""
-    folder = tmp_path_factory.mktemp("calibration")
-    lines = []
-    for number, (width, height) in enumerate([(84, 56), (56, 112), (112, 84)]):
-        draw_picture(number, width, height).save(folder / f"{number}.png")
-        content = [{"type": "image", "image": f"{number}.png"}, {"type": "text", "text": "What is it?"}]
-        lines.append({"id": str(number), "messages": [{"role": "user", "content": content}], "answers": ["a house"]})
-    lines.append({"id": "text", "messages": [{"role": "user", "content": "Say something."}]})
-    (folder / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
-    return folder
 
 
 @pytest.fixture

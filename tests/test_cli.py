@@ -25,7 +25,7 @@ from vlmport.runtime.errors import InputError
 CALIBRATION = ("--method", "--calibration", "--calibration-samples", "--calibration-seed")
 OPTIONS = {
     "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", *CALIBRATION, "--target", "--overwrite"],
-    "quantize": ["PACKAGE", "--recipe", "--block-size", *CALIBRATION, "--checkpoint"],
+    "quantize": ["PACKAGE", "--recipe", "--block-size", *CALIBRATION, "--max-size", "--max-kl", "--checkpoint"],
     "prepare": ["PACKAGE", "--variant", "--list", "--remove", "--json"],
     "run": [
         *("PACKAGE", "PROMPT", "--image", "--video", "--system", "--variant", "--json"),

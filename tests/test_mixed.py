@@ -1,0 +1,188 @@
+"""int4-mixed: the knapsack against all choices, losses against the graphs that are written, and kept promises."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmport.cli.main import main
+from vlmport.export.calibrate import package_calibrator
+from vlmport.export.feeds import CalibrationOptions
+from vlmport.export.float_roles import FloatRoles
+from vlmport.export.mixed import mean_and_bound
+from vlmport.quant.allocate import Choice, Front, Item
+from vlmport.quant.apply import open_float_graph
+from vlmport.quant.recipe import MIXED_NAME, Recipe, WeightFormat
+from vlmport.runtime import load
+from vlmport.runtime.package import Package
+from vlmport.runtime.schema import from_json
+
+CHOICES = st.builds(Choice, st.sampled_from([4, 8, 16]), st.integers(1, 300), st.floats(0, 1))
+ITEMS = st.lists(
+    st.lists(CHOICES, min_size=1, max_size=3).map(lambda choices: Item("w", tuple(choices))), min_size=1, max_size=5
+)
+
+
+@given(ITEMS, st.integers(0, 1500), st.floats(0, 3))
+@settings(max_examples=150)
+def test_the_knapsack_is_exact(items: list[Item], num_bytes: int, loss: float) -> None:
+    front = Front(items)
+    every = [
+        (sum(c.num_bytes for c in choices), sum(c.loss for c in choices))
+        for choices in itertools.product(*(item.choices for item in items))
+    ]
+    fitting = [lost for size, lost in every if size <= num_bytes]
+    pick = front.within_bytes(num_bytes)
+    if not fitting:
+        assert pick is None
+    else:
+        assert pick is not None
+        assert pick.num_bytes <= num_bytes
+        assert pick.loss == pytest.approx(min(fitting))
+    small = [size for size, lost in every if lost <= loss - 1e-9]
+    if small:
+        assert front.within_loss(loss).num_bytes <= min(small)
+        assert front.within_loss(loss).loss <= loss + 1e-9
+
+
+def test_large_weights_are_rounded_to_units_and_stay_within_the_budget() -> None:
+    random = np.random.default_rng(0)
+    sizes, losses = random.integers(10**6, 10**9, 60).tolist(), random.random(60).tolist()
+    items = [
+        Item(str(n), tuple(Choice(bits, size * bits // 8, loss / bits**3) for bits in (4, 8, 16)))
+        for n, (size, loss) in enumerate(zip(sizes, losses, strict=True))
+    ]
+    front = Front(items)
+    points = front.points(7)
+    assert len(points) == 7
+    for smaller, larger in itertools.pairwise(points):
+        assert smaller.num_bytes < larger.num_bytes
+        assert smaller.loss > larger.loss
+    least, most = (sum(pick(c.num_bytes for c in item.choices) for item in items) for pick in (min, max))
+    for share in (0.1, 0.5, 0.9):
+        budget = int(least + share * (most - least))
+        pick = front.within_bytes(budget)
+        assert pick is not None
+        assert budget * 0.99 < pick.num_bytes <= budget
+
+
+def test_one_weight_that_breaks_at_4_bits_gets_more() -> None:
+    losses = dict.fromkeys("abcd", (0.001, 1e-05, 0.0)) | {"broken": (5.0, 4.0, 0.0)}
+    items = [
+        Item(name, tuple(Choice(bits, 100 * bits, loss) for bits, loss in zip((4, 8, 16), lost, strict=True)))
+        for name, lost in losses.items()
+    ]
+    pick = Front(items).within_bytes(4 * 400 + 1600)
+    assert pick is not None
+    assert [choice.bits for choice in pick.choices] == [4, 4, 4, 4, 16]
+
+
+def test_the_bound_counts_samples_not_rows() -> None:
+    losses = [torch.full((5,), value, dtype=torch.float64) for value in (0.1, 0.2, 0.3, 0.4)]
+    mean, bound = mean_and_bound(losses)
+    assert mean == pytest.approx(0.25)
+    deviation = np.std([0.1, 0.2, 0.3, 0.4], ddof=1)
+    assert bound == pytest.approx(0.25 + 1.645 * deviation / math.sqrt(4))
+    assert mean_and_bound(losses[:1])[1] == math.inf
+
+
+@pytest.fixture(scope="module")
+def mixed(package_tiny_a: Path, calibration: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_a with an int4-mixed between the sizes of 4 and of 8 bits."""
+    package = Path(shutil.copytree(package_tiny_a, tmp_path_factory.mktemp("mixed") / "package"))
+    size = Package.open(package).size("int4")
+    assert main([*quantize(package, calibration), "--max-size", str(size)]) == 0
+    return package
+
+
+def quantize(package: Path, calibration: Path) -> list[str]:
+    return ["quantize", str(package), "--recipe", MIXED_NAME, "--calibration", str(calibration)]
+
+
+def test_the_budget_is_kept_and_told(mixed: Path) -> None:
+    package = Package.open(mixed)
+    variant = package.manifest.variants[MIXED_NAME]
+    assert variant.allocation is not None
+    assert variant.allocation.max_bytes is not None
+    assert 0.9 * variant.allocation.max_bytes < package.size(MIXED_NAME) <= variant.allocation.max_bytes
+    stored = {
+        f"{role}/{name}": label for role, graph in variant.graphs.items() for name, label in graph.formats.items()
+    }
+    assert len(set(stored.values())) > 1, "bits are mixed"
+    assert stored.keys() == variant.allocation.sensitivity.keys()
+    assert {name.split("/")[0] for name in stored} == set(package.manifest.roles)
+    assert min(lost["4"] for lost in variant.allocation.sensitivity.values()) > 0
+    assert (variant.allocation.num_samples, variant.allocation.num_held_out) == (3, 1)
+
+
+def test_the_measure_is_that_of_the_written_graphs(mixed: Path, calibration: Path, tmp_path: Path) -> None:
+    """Lowered modules give nearly the logits of ONNX Runtime's kernels; activations on a tie round either way there."""
+    package = Package.open(mixed)
+    calibrator = package_calibrator(package, CalibrationOptions(calibration))
+    roles = FloatRoles(
+        calibrator.feeds, calibrator.roles, lambda role: open_float_graph(package, role), "cpu", tmp_path
+    )
+    recipe = from_json(Recipe, package.manifest.variants[MIXED_NAME].recipe)
+    formats: dict[tuple[str, str], WeightFormat] = {}
+    for rule in recipe.rules:
+        role, _, name = rule.match.partition("/")
+        formats[role, name] = rule.format
+    line = json.loads((calibration / "samples.jsonl").read_text().splitlines()[0])
+    model = load(mixed, variant=MIXED_NAME)
+    prepared = model.prepare(line["messages"], folder=calibration)
+    visual = model.features(prepared)
+    assert visual is not None
+    cache = model.new_cache(prepared.num_seen)
+    expected = model.prefill(model.embed(prepared, visual.features), prepared.seen_positions, cache)[-1]
+    rows = []
+    for lowered in ({}, formats, {}):
+        with roles.lowered(lowered):
+            rows.append(roles.logits(0, roles.feeds.start(0), "vision_encoder")[0].numpy())
+    assert (rows[0] == rows[2]).all(), "float weights are back"
+    assert np.linalg.norm(rows[1] - expected) < 0.35 * np.linalg.norm(rows[1] - rows[0])
+
+
+def test_a_promise_is_kept_or_refused(
+    package_tiny_a: Path, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = Path(shutil.copytree(package_tiny_a, tmp_path / "package"))
+    assert main([*quantize(package, calibration), "--max-kl", "1e-15"]) == 2
+    assert "--max-kl 1e-15: the best choice of bits has" in capsys.readouterr().err
+    assert main([*quantize(package, calibration), "--max-kl", "0.002"]) == 0
+    assert "KL as a whole:" in capsys.readouterr().out
+    after = Package.open(package)
+    allocation = after.manifest.variants[MIXED_NAME].allocation
+    assert allocation is not None
+    assert allocation.kl_calibration < 0.002
+    assert after.size(MIXED_NAME) < after.size("fp32") / 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", MIXED_NAME, "--max-kl", "1"], "give --calibration DIR"),
+        (["--recipe", MIXED_NAME, "--calibration", "DIR"], "give one of --max-size and --max-kl"),
+        (
+            ["--recipe", MIXED_NAME, "--calibration", "DIR", "--max-kl", "0"],
+            "--max-kl 0.0: give a number of nats",
+        ),
+        (["--recipe", MIXED_NAME, "--calibration", "DIR", "--max-size", "3TB"], "--max-size 3TB: give a size above 0"),
+        (["--recipe", "int4", "--max-size", "3MB"], "--max-size 3MB: goes with --recipe int4-mixed"),
+        (["--recipe", MIXED_NAME, "--calibration", "DIR", "--max-size", "9kB"], "4 bits everywhere take"),
+    ],
+)
+def test_what_does_not_go_together(
+    arguments: list[str], words: str, package_tiny_a: Path, calibration: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(calibration) if argument == "DIR" else argument for argument in arguments]
+    assert main(["quantize", str(package_tiny_a), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.strip().count("\n") == 0 or "quantize" in error
