@@ -23,10 +23,12 @@ __all__ = [
     "Manifest",
     "PositionSpec",
     "PromptSpec",
+    "RatioTileSpec",
     "SliceSpec",
     "Source",
     "SquareSpec",
     "TensorInfo",
+    "TileTags",
     "TileTokens",
     "Variant",
     "VideoSpec",
@@ -68,6 +70,20 @@ class SliceSpec:
 
 
 @dataclass(frozen=True)
+class RatioTileSpec:
+    """How an image becomes a grid of squares as near to its shape as can be (runtime/ratio_tiles.py)."""
+
+    side: int  # pixels of a tile
+    min_tiles: int
+    max_tiles: int  # of the grid; a grid of several has the whole image behind it, in one more tile
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "side", "min_tiles", "max_tiles")
+        if self.min_tiles > self.max_tiles:
+            raise ValueError(f"min_tiles {self.min_tiles} is over max_tiles {self.max_tiles}")
+
+
+@dataclass(frozen=True)
 class SquareSpec:
     """How an image of any shape becomes a square (runtime/square.py)."""
 
@@ -101,11 +117,14 @@ class ImageSpec:
     slices: SliceSpec | None = None  # of the strategy "slices", which has no pixel limits
     max_sides: tuple[int, int] | None = None  # of the strategy "native": height and width of the largest image
     square: SquareSpec | None = None  # of the strategies of runtime/square.py, which have no pixel limits
+    ratio_tiles: RatioTileSpec | None = None  # of the strategy "ratio_tiles", which has no pixel limits
 
     def __post_init__(self) -> None:
         _above_zero(self, "patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels")
         if (self.strategy == "slices") != (self.slices is not None):
             raise ValueError(f"slices does not go with strategy {self.strategy!r}; export the checkpoint again")
+        if (self.strategy == "ratio_tiles") != (self.ratio_tiles is not None):
+            raise ValueError(f"ratio_tiles does not go with strategy {self.strategy!r}; export the checkpoint again")
         if (self.strategy == "native") != (self.max_sides is not None):
             raise ValueError(f"max_sides does not go with strategy {self.strategy!r}; export the checkpoint again")
         if (self.strategy in SQUARE_STRATEGIES) != (self.square is not None):
@@ -207,6 +226,27 @@ class TileTokens:
 
 
 @dataclass(frozen=True)
+class TileTags:
+    """How a picture is spelled whose tiles have texts of their own: `start`, the tiles, the whole image, `end`.
+
+    In front of a tile stands `tile` with its number, from 1, for "{number}", and in front of the whole image `whole`.
+    These are text to the tokenizer. Behind each stands `filler`, a token, as often as a tile has features.
+    """
+
+    start: str
+    end: str
+    tile: str
+    whole: str
+    filler: str
+    num_fillers: int
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "num_fillers")
+        if "{number}" not in self.tile:
+            raise ValueError(f"tile is {self.tile!r}, without {{number}}; export the checkpoint again")
+
+
+@dataclass(frozen=True)
 class PromptSpec:
     """How messages become token ids. The template is chat_template.jinja of the package."""
 
@@ -219,6 +259,7 @@ class PromptSpec:
     video_placeholder_id: int | None = None
     max_tokens: int | None = None  # prompts with images are cut off after so many, as upstream does; None: never
     tiles: TileTokens | None = None  # pictures of several tiles; None: a picture is its placeholder, repeated
+    tile_tags: TileTags | None = None  # the same for tiles that have texts of their own
     leading_tokens: tuple[str, ...] = ()  # in front of every prompt whose text does not begin with the first of them
 
     def __post_init__(self) -> None:
@@ -228,6 +269,8 @@ class PromptSpec:
                 raise ValueError(f"{name} is {value}; it has to be below 0, where no token is")
         if self.max_tokens is not None:
             _above_zero(self, "max_tokens")
+        if self.tiles is not None and self.tile_tags is not None:
+            raise ValueError("tiles and tile_tags are both given; a picture is spelled in one way")
 
 
 @dataclass(frozen=True)
@@ -311,11 +354,31 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """How bits were chosen weight by weight.
+
+    KL is KL(float || variant) of answer tokens, with images in context, in nats.
+    """
+
+    kl_calibration: float  # mean over the samples that bits were chosen by
+    kl_promised: float  # what the mean over other samples like them stays under: a bound of 95 %
+    kl_held_out: float  # mean over samples that bits were not chosen by
+    num_samples: int
+    num_held_out: int
+    num_answer_tokens: int  # of both
+    calibration: Calibration  # the data
+    sensitivity: dict[str, dict[str, float]]  # "role/parameter" -> bits -> mean KL where it alone has so many
+    max_bytes: int | None = None  # the budget: one of the two
+    max_kl: float | None = None
+
+
+@dataclass(frozen=True)
 class Variant:
     name: str
     recipe: dict[str, Any]  # quant.recipe.Recipe as JSON
     graphs: dict[str, GraphFile]  # by role
     calibration: Calibration | None = None  # None where no method of the recipe looks at data
+    allocation: Allocation | None = None  # None where the recipe's author chose the bits
 
 
 @dataclass(frozen=True)
@@ -353,26 +416,6 @@ class Manifest:
 def _above_zero(spec: Any, *names: str) -> None:
     """Raises ValueError naming the first field, by name, that is not a finite number above 0."""
     for name in sorted(names):
-@dataclass(frozen=True)
-class Allocation:
-    """How bits were chosen weight by weight.
-
-    KL is KL(float || variant) of answer tokens, with images in context, in nats.
-    """
-
-    kl_calibration: float  # mean over the samples that bits were chosen by
-    kl_promised: float  # what the mean over other samples like them stays under: a bound of 95 %
-    kl_held_out: float  # mean over samples that bits were not chosen by
-    num_samples: int
-    num_held_out: int
-    num_answer_tokens: int  # of both
-    calibration: Calibration  # the data
-    sensitivity: dict[str, dict[str, float]]  # "role/parameter" -> bits -> mean KL where it alone has so many
-    max_bytes: int | None = None  # the budget: one of the two
-    max_kl: float | None = None
-
-
         value = getattr(spec, name)
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it has to be above 0")
-    allocation: Allocation | None = None  # None where the recipe's author chose the bits
