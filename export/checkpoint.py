@@ -111,7 +111,7 @@ class CheckpointSource:
             return dequantized_rows(tensor, start, stop)
         if tensor.transposed:
             return self._columns(parameter, start, stop)
-        row = math.prod(tensor.shape[1:]) * _ITEM_SIZES[tensor.dtype]
+        row = math.prod(self._shapes[parameter][1:]) * _ITEM_SIZES[tensor.dtype]
         with tensor.file.open("rb", buffering=0) as stream:
             pieces = [
                 os.pread(stream.fileno(), row * count, tensor.offset + row * first)

@@ -116,7 +116,7 @@ def _as_it_is(config: Json, documents: Mapping[str, Json]) -> Json:
 class FamilySpec:
     """A family of checkpoints: how to recognise, trace, fill and describe them."""
 
-    name: str  # the model_type; the module has "_" for what a module's name cannot have
+    name: str  # the model_type; the module has it in lower case, with "_" for what a module's name cannot have
     matches: Callable[[Json], bool]  # config.json -> is it ours
     roles: Callable[[Json], Mapping[str, RoleSpec]]  # config.json -> graphs; CheckpointError names a bad field
     manifest: Callable[[Json, Mapping[str, Json]], ManifestParts]  # config.json, the other JSON files by name

@@ -19,11 +19,14 @@ from .manifest import ImageSpec, PositionSpec, PromptSpec, VideoSpec
 from .messages import Visual, read_messages
 from .positions import VisualRun, positions
 from .prompt import PromptBuilder
+from .ratio_tiles import cut_tiles
 from .session import Array
 from .slices import Pictures, cut_picture
 from .video import load_clip, preprocess_clip
 
 __all__ = ["Prepared", "RequestParts", "prepare_ids", "prepare_messages"]
+
+_CUTTERS = {"slices": cut_picture, "ratio_tiles": cut_tiles}  # strategies that make several tiles of an image
 
 
 class RequestParts(Protocol):
@@ -190,7 +193,7 @@ def _load(manifest: RequestParts, visual: Visual) -> tuple[Patches | Pictures, T
         clip = load_clip(visual.source, manifest.video, manifest.image, visual.clip_options, name=visual.where)
         frames = clip.frames
     decoded = time.perf_counter()
-    if manifest.image.strategy == "slices":
+    if manifest.image.strategy in _CUTTERS:
         item = _cut(frames, manifest, visual, label)
     elif clip is None:
         item = preprocess_images(frames, manifest.image, visual.image_options, name=label)
@@ -202,13 +205,11 @@ def _load(manifest: RequestParts, visual: Visual) -> tuple[Patches | Pictures, T
 def _cut(frames: Sequence[Image.Image], manifest: RequestParts, visual: Visual, label: str) -> Pictures:
     """An image or each frame of a clip in tiles. A list of frames is so many images; a clip has defaults of its own."""
     assert manifest.image is not None
-    options, video = visual.image_options, manifest.video
+    cut, options, video = _CUTTERS[manifest.image.strategy], visual.image_options, manifest.video
     if visual.kind == "video" and video is not None and not isinstance(visual.source, (list, tuple)):
         options = replace(
             options,
             max_slice_nums=video.max_slices if options.max_slice_nums is None else options.max_slice_nums,
             use_image_id=video.use_ids if options.use_image_id is None else options.use_image_id,
         )
-    return Pictures(
-        tuple(cut_picture(frame, manifest.image, options, name=label) for frame in frames), options.use_image_id
-    )
+    return Pictures(tuple(cut(frame, manifest.image, options, name=label) for frame in frames), options.use_image_id)

@@ -22,7 +22,7 @@ from .manifest import Manifest, PromptSpec, VisionSpec
 from .messages import Conversation
 from .positions import VisualRun
 from .slices import Pictures
-from .tile_prompt import Kind, picture_text, tile_runs
+from .tile_prompt import Kind, TilePrompt, tile_prompt
 from .vision_inputs import num_rows
 
 __all__ = ["Prompt", "PromptBuilder"]
@@ -55,9 +55,7 @@ class PromptBuilder:
         ids = {spec.image_placeholder: self.image_token_id, spec.video_placeholder: self.video_token_id}
         self._marks = {text: id for text, id in ids.items() if id < 0}  # placeholders that are no tokens
         self._leading = [self._token_id(token) for token in spec.leading_tokens]
-        tiles = spec.tiles
-        self._tile_starts = [self._token_id(token) for token in (tiles.start, tiles.tile_start)] if tiles else []
-        self._tile_ends = [self._token_id(token) for token in (tiles.end, tiles.tile_end)] if tiles else []
+        self._tiles = tile_prompt(spec, self._token_id)
         longest_first = sorted(spec.protected_tokens, key=len, reverse=True)  # as the tokenizer matches them
         self._protected = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
@@ -91,8 +89,9 @@ class PromptBuilder:
         counts = [len(item.pictures) if isinstance(item, Pictures) else 1 for item in shown]
         text = self._render(conversation.messages, counts, options)
         user_tokens = self._user_tokens(conversation, counts, options, text)
-        if self._spec.tiles is not None:
-            return self._build_tiles(conversation, [p for p in shown if isinstance(p, Pictures)], text, user_tokens)
+        if self._tiles is not None:
+            pictures = [item for item in shown if isinstance(item, Pictures)]
+            return self._build_tiles(self._tiles, conversation, pictures, text, user_tokens)
         patches = [item for item in shown if isinstance(item, Patches)]
         ids = self._led(text, self._encode_between(text, user_tokens))
         kinds = [visual.kind for visual in conversation.visuals]
@@ -110,11 +109,14 @@ class PromptBuilder:
         return Prompt(text, ids, self.runs(ids, by_kind["image"], by_kind["video"]))
 
     def _build_tiles(
-        self, conversation: Conversation, shown: Sequence[Pictures], text: str, user_tokens: Sequence[tuple[int, int]]
+        self,
+        tiles: TilePrompt,
+        conversation: Conversation,
+        shown: Sequence[Pictures],
+        text: str,
+        user_tokens: Sequence[tuple[int, int]],
     ) -> Prompt:
         """The prompt whose pictures are spelled out in the text, as the reference does it before it encodes that."""
-        tokens = self._spec.tiles
-        assert tokens is not None
         matches = re.finditer(re.escape(self._spec.image_placeholder), text)
         slots = [match.span() for match in matches if match.span() not in user_tokens]
         pictures = [(picture, item.use_ids) for item in shown for picture in item.pictures]
@@ -123,25 +125,25 @@ class PromptBuilder:
                 f"messages: the chat template left places for {len(slots)} pictures, the messages have "
                 f"{len(pictures)}; put images and videos where the template takes them"
             )
-        spelled: dict[tuple[int, int], str] = {}
-        for number, (slot, (picture, use_ids)) in enumerate(zip(slots, pictures, strict=True)):
-            numbered = tokens.use_ids if use_ids is None else use_ids
-            spelled[slot] = picture_text(tokens, picture.grid, number if numbered else None)
+        spelled = {
+            slot: tiles.text(picture.grid, number, use_ids)
+            for number, (slot, (picture, use_ids)) in enumerate(zip(slots, pictures, strict=True))
+        }
         ids = self._led(text, self._encode(_cut(text, user_tokens, spelled)))
         kinds: list[Kind] = [
             visual.kind for visual, item in zip(conversation.visuals, shown, strict=True) for _ in item.tiles
         ]
-        return Prompt(text, ids, tile_runs(ids, self._tile_starts, self._tile_ends, tokens.num_fillers, kinds))
+        return Prompt(text, ids, tiles.runs(ids, kinds))
 
     def runs(
         self, input_ids: NDArray[np.int64], images: Sequence[Patches], videos: Sequence[Patches]
     ) -> tuple[VisualRun, ...]:
         """Where images and videos go in ids [S] whose placeholders are expanded. Raises InputError on any mismatch."""
-        if self._spec.tiles is not None:
+        if self._tiles is not None:
             kinds: list[Kind] = ["image"] * len(images)
             if videos:
                 raise InputError("videos: this package takes the frames of a clip as images; give their tiles there")
-            return tile_runs(input_ids, self._tile_starts, self._tile_ends, self._spec.tiles.num_fillers, kinds)
+            return self._tiles.runs(input_ids, kinds)
         waiting = {"image": iter(images), "video": iter(videos)}
         slots = np.flatnonzero(self._is_placeholder(input_ids))
         runs: list[VisualRun] = []

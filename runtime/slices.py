@@ -39,10 +39,13 @@ class Slicing:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image or a frame as the model takes it: the overview, then the tiles row by row, left to right."""
+    """An image or a frame as the model takes it: the tiles row by row, left to right, and the whole image.
+
+    The whole image comes first (runtime/slices.py) or last (runtime/ratio_tiles.py), as it does in the prompt.
+    """
 
     tiles: tuple[Patches, ...]
-    grid: tuple[int, int] | None  # columns, rows; None: the overview alone
+    grid: tuple[int, int] | None  # columns, rows; None: the whole image alone
 
 
 @dataclass(frozen=True)

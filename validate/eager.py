@@ -1,7 +1,9 @@
 """A reference for families that transformers does not have: the family's own modules in eager PyTorch, float32.
 
-What ties these modules to upstream is the family's golden cases; what this ties to them is a package: the graphs as
-traced, lowered, stored and run. Dims: S prompt tokens, P patches, C vision width, R visual rows, V vocabulary.
+What ties these modules to upstream is the family's golden cases, or its tests where it has none; what this ties to them
+is a package: the graphs as traced, lowered, stored and run.
+
+Dims: S prompt tokens, P patches, C vision width, R visual rows, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -56,7 +58,7 @@ def eager_modules(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, torch
 class EagerReference:
     """A ReferenceModel of any family with a decoder."""
 
-    origin = "the family's own modules in PyTorch, tied to upstream by golden cases"
+    origin = "the family's own modules in PyTorch"
     video_rule: str | None = None
 
     def __init__(self, checkpoint: Checkpoint, family: FamilySpec) -> None:

@@ -17,7 +17,7 @@ from .linear import Linear
 from .mlp import quick_gelu
 from .repeat import BlockRunner
 
-__all__ = ["ACTIVATIONS", "FrameTower", "TowerConfig", "TowerLayer"]
+__all__ = ["ACTIVATIONS", "FrameEmbeddings", "FrameTower", "TowerConfig", "TowerLayer", "TowerMLP"]
 
 Activation = Literal["quick_gelu", "gelu", "gelu_pytorch_tanh"]
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -113,10 +113,10 @@ class TowerLayer(nn.Module):
 class FrameEmbeddings(nn.Module):
     """Patches of whole frames [N, 3*p*p] in raster order -> [F * T, C], the class token first in each frame."""
 
-    def __init__(self, config: TowerConfig) -> None:
+    def __init__(self, config: TowerConfig, *, bias: bool) -> None:
         super().__init__()
         self.num_patches = config.num_patches
-        self.patch_embedding = Linear(config.patch_dim, config.width, bias=not config.has_class_token)
+        self.patch_embedding = Linear(config.patch_dim, config.width, bias=bias)
         # No Embedding: recipes leave it in floats, for it is small and each value goes straight into a patch.
         self.position_embedding = nn.Parameter(torch.empty(self.num_patches + config.has_class_token, config.width))
         self.class_embedding = nn.Parameter(torch.empty(config.width)) if config.has_class_token else None
@@ -141,7 +141,7 @@ class FrameTower(nn.Module):
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embeddings = FrameEmbeddings(config)
+        self.embeddings = FrameEmbeddings(config, bias=not config.has_class_token)
         self.pre_layrnorm = nn.LayerNorm(config.width, config.eps) if config.has_class_token else nn.Identity()
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(self._layer(config) for _ in range(config.num_layers))})
 
