@@ -2,18 +2,19 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from ..quant.recipe import METHODS
+from ..quant.recipe import METHODS, Recipe, load_recipe, with_cache
 from ..quant.samples import SAMPLES_NAME
 from ..runtime.errors import InputError
 
 if TYPE_CHECKING:
     from ..export.feeds import CalibrationOptions
 
-__all__ = ["add_calibration", "calibration_options"]
+__all__ = ["add_calibration", "calibration_options", "recipe_of"]
 
 _DEFAULT_SAMPLES = 128
+_CACHES: dict[str, Literal["channel", "tensor"]] = {"int8": "channel", "int8-tensor": "tensor"}
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,16 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-samples", metavar="N", type=int, help=f"how many of them to take (default: {_DEFAULT_SAMPLES})"
     )
+    parser.add_argument(
+        "--kv-cache", choices=list(_CACHES), help="key/value cache in 8 bits, a scale a channel or a tensor: int4_kv8"
+    )
     parser.add_argument("--calibration-seed", metavar="N", type=int, help="which of them to take (default: 0)")
+
+
+def recipe_of(args: argparse.Namespace, name: str) -> Recipe:
+    """The recipe of a name, as the arguments vary it."""
+    recipe = load_recipe(name, block_size=args.block_size, method=args.method)
+    return recipe if args.kv_cache is None else with_cache(recipe, _CACHES[args.kv_cache])
 
 
 def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None":

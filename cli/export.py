@@ -9,9 +9,9 @@ from pathlib import Path
 
 from ..export.build import export_checkpoint
 from ..export.lower import TARGETS
-from ..quant.recipe import BUILTIN_NAMES, load_recipe
+from ..quant.recipe import BUILTIN_NAMES
 from ..validate.selfcheck import write_selfcheck
-from .calibration import add_calibration, calibration_options
+from .calibration import add_calibration, calibration_options, recipe_of
 from .progress import Progress
 from .table import table
 
@@ -38,10 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    recipes = [
-        load_recipe(name, block_size=args.block_size, method=args.method)
-        for name in dict.fromkeys(args.recipe or ["fp32"])
-    ]
+    recipes = [recipe_of(args, name) for name in dict.fromkeys(args.recipe or ["fp32"])]
     with Progress("export") as progress:
         package = export_checkpoint(
             args.checkpoint,

@@ -43,6 +43,8 @@ def budget_of(args: argparse.Namespace) -> "Budget | None":
         raise RecipeError(f"recipe {MIXED_NAME}: bits are chosen by what answers lose; give --calibration DIR")
     if args.method is not None:
         raise RecipeError(f"recipe {MIXED_NAME}: --method {args.method}: it measures rounding to nearest; leave it out")
+    if args.kv_cache is not None:
+        raise RecipeError(f"recipe {MIXED_NAME}: --kv-cache {args.kv_cache}: weights alone are measured; leave it out")
     from ..export.mixed import Budget  # torch is needed from here on
 
     return Budget(None if args.max_size is None else _num_bytes(args.max_size), args.max_kl)

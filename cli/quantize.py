@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..quant.apply import open_float_graph, quantize_package
-from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, MIXED_NAME, Recipe, load_recipe
+from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, MIXED_NAME, Recipe
 from ..runtime.errors import CheckpointError, RecipeError
 from ..runtime.package import Package, file_entry
 from ..validate.selfcheck import write_selfcheck
-from .calibration import add_calibration, calibration_options
+from .calibration import add_calibration, calibration_options, recipe_of
 from .mixed import add_budget, budget_of, choose, print_choice
 from .progress import Progress
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     budget = budget_of(args)
-    recipe = None if budget is not None else load_recipe(args.recipe, block_size=args.block_size, method=args.method)
+    recipe = None if budget is not None else recipe_of(args, args.recipe)
     before = Package.open(args.package)
     options = calibration_options(args)
     if options is not None and recipe is not None and not recipe.is_calibrated(target=before.manifest.target):

@@ -24,7 +24,7 @@ from ..runtime.package import Package
 from ..runtime.prompt import PromptBuilder
 from .family import ManifestParts, RoleSpec, family_of, roles_of
 from .feeds import CalibrationOptions, SampleFeeds
-from .stages import RoleStages
+from .stages import RoleStages, Stage
 
 __all__ = ["Calibrator", "OpenRole", "check_calibration", "package_calibrator", "read_rows"]
 
@@ -107,6 +107,8 @@ class Calibrator:
             if self._progress is not None:
                 self._progress(0, 0, f"{recipe.name}: calibrating {name}, stage {done}")
             quantize_stage(stage, formats, folds, "float32" if target == "cpu" else "float16", found)
+            if recipe.cache is not None and name == "decoder":
+                found.cache += cache_ranges(stage)
         if to_the_end:
             for place, number in enumerate(taking):
                 self.feeds.keep(name, known[number], run.run(place))
@@ -121,6 +123,16 @@ def package_calibrator(package: Package, options: CalibrationOptions, progress: 
     parts = family.manifest(config, documents)
     builder = None if parts.prompt is None else PromptBuilder.from_package(package.path, package.manifest)
     return Calibrator(options, roles_of(family, config, documents), parts, builder, progress)
+
+
+def cache_ranges(stage: Stage) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The largest absolute value of each channel [G, E] of the keys and the values that a layer gives to the cache."""
+    largest: list[torch.Tensor] = []
+    for sample in range(stage.num_samples):
+        written = [values.abs().amax((0, 2)) for values in stage.results(sample)[1:] if values.dim() == 4]
+        largest = [torch.maximum(*pair) for pair in zip(largest, written, strict=True)] if largest else written
+    arrays = [values.numpy() for values in largest]
+    return list(zip(arrays[::2], arrays[1::2], strict=True))
 
 
 def read_rows(graph: ir.Graph, source: WeightSource, parameter: str, start: int, stop: int) -> np.ndarray:

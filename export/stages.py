@@ -162,7 +162,11 @@ class Stage:
 
     def run(self, sample: int) -> torch.Tensor:
         """The first result of the stage for a sample."""
-        return pytree.tree_leaves(self._role.run(sample))[0]
+        return self.results(sample)[0]
+
+    def results(self, sample: int) -> list[torch.Tensor]:
+        """All of them: those of a decoder's layer are its output, keys and values [B, G, T, E]."""
+        return pytree.tree_leaves(self._role.run(sample))
 
     def row_weights(self, sample: int, num_rows: int) -> torch.Tensor:
         """Those of the sample's rows [num_rows], where the stage has as many rows; else all count alike."""

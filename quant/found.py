@@ -88,6 +88,8 @@ class FoundRole:
     vectors: dict[str, Float32] = field(default_factory=dict[str, Float32])  # norms and biases that folds changed
     row_factors: dict[str, Float32] = field(default_factory=dict[str, Float32])
     column_factors: dict[str, Float32] = field(default_factory=dict[str, Float32])
+    # Of keys and of values of each layer: the largest absolute value a channel, [key/value heads, head size].
+    cache: list[tuple[Float32, Float32]] = field(default_factory=list[tuple[Float32, Float32]])
 
     def add_codes(self, parameter: str, codes: Codes, format: WeightFormat) -> None:
         """Keeps the codes of a weight."""

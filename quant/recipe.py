@@ -21,6 +21,7 @@ __all__ = [
     "CALIBRATED_METHODS",
     "METHODS",
     "MIXED_NAME",
+    "CacheFormat",
     "Recipe",
     "Rule",
     "Target",
@@ -28,6 +29,7 @@ __all__ = [
     "file_stem",
     "load_recipe",
     "precision_label",
+    "with_cache",
     "with_method",
 ]
 
@@ -191,11 +193,20 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class CacheFormat:
+    """How the decoder's key/value cache is held: codes with a scale of a channel or of a tensor (quant/kv_cache.py)."""
+
+    bits: Literal[8] = 8
+    scales: Literal["channel", "tensor"] = "channel"
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A named list of rules. The names of the builtin recipes mean the builtin rules and nothing else."""
 
     name: str
     rules: tuple[Rule, ...]
+    cache: CacheFormat | None = None  # None: in the dtype that the graph computes in
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -203,12 +214,12 @@ class Recipe:
         if not self.rules:
             raise RecipeError(f"recipe {self.name}: rules is empty")
         builtin = _builtin_rules(self.name)
-        if builtin is not None and builtin != self.rules:
+        if builtin is not None and (builtin != self.rules or self.cache is not None):
             raise RecipeError(f"recipe {self.name}: this builtin recipe has other rules; choose another name")
 
     def is_calibrated(self, role: str | None = None, target: Target = "cpu") -> bool:
-        """True where a rule that can reach the role, or any, needs calibration data."""
-        return any(
+        """True where the cache, or a rule that can reach the role, or any, needs calibration data."""
+        return (self.cache is not None and role in (None, "decoder")) or any(
             rule.format.is_calibrated
             and rule.target in (None, target)
             and (role is None or fnmatchcase(role, rule.role_glob))
@@ -267,7 +278,14 @@ def with_method(recipe: Recipe, method: str | None) -> Recipe:
             rules.append(rule)
     if tuple(rules) == recipe.rules:
         return recipe
-    return Recipe(f"{recipe.name}_{method.replace('+', '-')}", tuple(rules))
+    return replace(recipe, name=f"{recipe.name}_{method.replace('+', '-')}", rules=tuple(rules))
+
+
+def with_cache(recipe: Recipe, scales: Literal["channel", "tensor"] | None) -> Recipe:
+    """The recipe with a cache in 8 bits: "int4" is then "int4_kv8", or "int4_kv8t" with scales of a tensor."""
+    if scales is None:
+        return recipe
+    return replace(recipe, name=f"{recipe.name}_kv8{'t' * (scales == 'tensor')}", cache=CacheFormat(8, scales))
 
 
 def precision_label(recipe: Recipe, role: str, target: Target = "cpu") -> str:

@@ -14,6 +14,7 @@ from ..runtime.manifest import Calibration, FileEntry, GraphFile, Variant
 from ..runtime.schema import to_json
 from .balance import balance
 from .found import FoundRole
+from .kv_cache import quantize_cache
 from .recipe import Recipe, Target, file_stem, precision_label
 from .rewrite import rewrite
 from .store import Content, Place, Progress, WeightSource, places, write_graph
@@ -103,6 +104,8 @@ def _write(
             source = of_role.apply(model, source)
         stored, source = balance(model, rewrite(model, role, recipe, target), source)
         codes = {} if of_role is None else of_role.codes
+        if recipe.cache is not None and of_role is not None and of_role.cache:
+            quantize_cache(model, of_role.cache, recipe.cache, target)
         written = write_graph(model, stored, source, folder, stem, _named(progress, stem), known=known, found=codes)
         graphs[role] = written.graph_file(labels[role])
         files |= {f"onnx/{name}": entry for name, entry in written.files.items()}

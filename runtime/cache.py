@@ -4,9 +4,10 @@
 
 Each layer has one buffer for keys and one for values, [1, K, C, H]. The same OrtValue is bound as
 `past_key_values.N.key` and as `present.N.key`: GroupQueryAttention then writes the new rows where they belong and
-copies nothing.
+copies nothing. The graph says what a row is: floats, or int8 codes whose scales it holds (a recipe's cache in 8 bits).
 """
 
+import base64
 import math
 from typing import Any
 
@@ -36,7 +37,7 @@ class Cache:
         self._buffers: dict[str, Any] = {}
         self._names = cache_names(spec.num_layers)
         for past, _ in self._names:
-            self._buffers[past] = ort_value(_zeros(shape, spec), session.device)
+            self._buffers[past] = ort_value(_zeros(shape, session.inputs[past].dtype, spec), session.device)
         self._session = session
         # Kept: a call rebinds only what changes from call to call. Prompts have one, single tokens another.
         self.prefill_binding = self.new_binding()
@@ -68,6 +69,11 @@ class Cache:
         """Forgets the sequence. What the buffers hold beyond `length` is never read."""
         self.length = 0
 
+    @property
+    def num_bytes(self) -> int:
+        """What the buffers hold when they are full."""
+        return sum(buffer.numpy().nbytes for buffer in self._buffers.values())
+
     def keys(self, layer: int) -> Array:
         """Keys of a layer after rotary, a copy [K, length, H]."""
         return self._held(f"past_key_values.{layer}.key")
@@ -77,7 +83,11 @@ class Cache:
         return self._held(f"past_key_values.{layer}.value")
 
     def _held(self, name: str) -> Array:
-        return self._buffers[name].numpy()[0, :, : self.length].copy()
+        held = self._buffers[name].numpy()[0, :, : self.length].copy()
+        if held.dtype != np.int8:
+            return held
+        scales = np.frombuffer(base64.b64decode(self._session.metadata(f"{name}.scale") or ""), np.float32)
+        return held * (scales if len(scales) == 1 else scales.reshape(len(held), 1, -1))
 
 
 def cache_names(num_layers: int) -> list[tuple[str, str]]:
@@ -89,11 +99,11 @@ def cache_names(num_layers: int) -> list[tuple[str, str]]:
     ]
 
 
-def _zeros(shape: tuple[int, ...], spec: CacheSpec) -> Array:
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any], spec: CacheSpec) -> Array:
     try:
-        return np.zeros(shape, np.dtype(spec.dtype))
+        return np.zeros(shape, dtype)
     except MemoryError:
-        size = 2 * spec.num_layers * math.prod(shape) * np.dtype(spec.dtype).itemsize
+        size = 2 * spec.num_layers * math.prod(shape) * dtype.itemsize
         raise CapacityError(
             f"a cache of {shape[2]} tokens takes {size / 1e9:.1f} GB, more than there is: lower --cache-length "
             "(cache_length) or --max-new-tokens"

@@ -148,7 +148,7 @@ def _check_cache_inputs(session: GraphSession, spec: CacheSpec) -> None:
         shape = (found.shape[1], found.shape[3]) if len(found.shape) == 4 else found.shape
         said = (spec.num_kv_heads, spec.head_dim)
         fits = len(shape) == 2 and all(not isinstance(a, int) or a == b for a, b in zip(shape, said, strict=True))
-        if not fits or found.dtype != np.dtype(spec.dtype):
+        if not fits or found.dtype not in (np.dtype(spec.dtype), np.dtype(np.int8)):
             raise PackageError(
                 f"{session.path}: {name} is {found.dtype} {list(found.shape)}, cache of vlmport.json says {spec.dtype} "
                 f"[1, {spec.num_kv_heads}, length, {spec.head_dim}]; export the checkpoint again"

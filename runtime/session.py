@@ -34,6 +34,7 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(int32)": "int32",
     "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
     "tensor(bool)": "bool",
 }
 _ARENAS = {"cpu": "cpu:0", "cuda": "gpu:0;cpu:0"}
@@ -80,6 +81,10 @@ class GraphSession:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", _ARENAS[self.device])
         with self.told_by_file():
             return dict(zip(names, self.raw.run(names, self.cast(feeds), options), strict=True))
+
+    def metadata(self, name: str) -> str | None:
+        """An entry of the graph's metadata, or None."""
+        return self.raw.get_modelmeta().custom_metadata_map.get(name)
 
     @contextmanager
     def told_by_file(self) -> Generator[None]:

@@ -22,7 +22,7 @@ from vlmport.cli.table import table
 from vlmport.runtime.errors import InputError
 
 # A change here is a change for everybody's scripts: the changelog has to tell it.
-CALIBRATION = ("--method", "--calibration", "--calibration-samples", "--calibration-seed")
+CALIBRATION = ("--method", "--calibration", "--calibration-samples", "--kv-cache", "--calibration-seed")
 OPTIONS = {
     "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", *CALIBRATION, "--target", "--overwrite"],
     "quantize": ["PACKAGE", "--recipe", "--block-size", *CALIBRATION, "--max-size", "--max-kl", "--checkpoint"],
