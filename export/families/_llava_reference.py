@@ -17,14 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.utils import logging
 
-from ...runtime.errors import CheckpointError
 from ...runtime.image import Patches
 from ...runtime.prepare import Prepared
 from ..checkpoint import Checkpoint
 from ..family import Json
 from ..text_config import is_tied
+from ..upstream import load_upstream
 from .llava import CLIP_LARGE, image_size, is_first_form, known_tower, normalise, text_part
 
 __all__ = ["Reference", "load"]
@@ -36,27 +35,9 @@ def load(folder: Path) -> "Reference":
     """The checkpoint in float32 with eager attention, from local files. Raises CheckpointError for missing tensors."""
     checkpoint = Checkpoint.open(folder)
     first = is_first_form(checkpoint.config)
-    source: Any = None if first else folder
-    more = {"config": _first_config(checkpoint.config), "state_dict": _first_tensors(checkpoint)} if first else {}
-    shows_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the command has one of its own
-    try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            source,
-            **more,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    finally:
-        if shows_bar:
-            logging.enable_progress_bar()
-    model, info = loaded
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise CheckpointError(f"{folder}: transformers cannot fill the model: {wrong}; download the checkpoint again")
-    return Reference(model.eval(), _processor(checkpoint))
+    instead = {"config": _first_config(checkpoint.config), "state_dict": _first_tensors(checkpoint)} if first else {}
+    model = load_upstream(LlavaForConditionalGeneration, folder, **instead)
+    return Reference(model, _processor(checkpoint))
 
 
 def _processor(checkpoint: Checkpoint) -> Any:

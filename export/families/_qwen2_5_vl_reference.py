@@ -13,13 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText
-from transformers.utils import logging
 from transformers.vision_utils import get_vision_window_index
 
 from ...runtime.errors import CheckpointError
 from ...runtime.image import Patches
 from ...runtime.prepare import Prepared
-from ..bitsandbytes import compute_in_float32
+from ..upstream import load_upstream
 
 __all__ = ["Reference", "load"]
 
@@ -36,25 +35,7 @@ def load(folder: Path) -> "Reference":
     """
     if not (folder / _PREPROCESSOR).is_file():
         raise CheckpointError(f"{folder / _PREPROCESSOR}: missing; download the checkpoint again")
-    shows_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # the command has one of its own
-    try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            attn_implementation="eager",
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    finally:
-        if shows_bar:
-            logging.enable_progress_bar()
-    model, info = loaded
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise CheckpointError(f"{folder}: transformers cannot fill the model: {wrong}; download the checkpoint again")
-    compute_in_float32(model)
-    return Reference(model.eval(), folder)
+    return Reference(load_upstream(AutoModelForImageTextToText, folder), folder)
 
 
 class Reference:
