@@ -10,8 +10,21 @@ from .family import Json
 from .fields import read_field, read_fields, read_size
 from .layers import DecoderConfig, frequencies
 
-__all__ = ["check_activation", "eos_token_ids", "is_tied", "read_decoder", "text_at", "text_config"]
+__all__ = ["TINY_TEXT", "check_activation", "eos_token_ids", "is_tied", "read_decoder", "text_at", "text_config"]
 
+# The text part of a tiny configuration, as tests and traces of a family take it.
+TINY_TEXT: Json = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
 _PLAIN_ROPE = ("default", "mrope")  # sections are told by mrope_section, whatever the type is called
 
 

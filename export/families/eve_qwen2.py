@@ -22,7 +22,7 @@ from ..image_processor import PatchGeometry, fixed_area_spec, image_processor
 from ..layers import DecoderConfig
 from ..layers.routed import RoutedParts
 from ..roles import decoder_role, embedding_role
-from ..text_config import is_tied, read_decoder
+from ..text_config import TINY_TEXT, is_tied, read_decoder
 
 __all__ = ["FAMILY", "TEMPLATE"]
 
@@ -206,16 +206,7 @@ TINY_CONFIG: Json = {
     "model_type": MODEL_TYPE,
     "add_moe": True,
     "moe_part": "layernorm-self_attn-mlp",
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
+    **TINY_TEXT,
     "eos_token_id": 2,
     "mm_hidden_size": 48,
     "mm_vision_tower": "tower",

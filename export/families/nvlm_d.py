@@ -22,7 +22,7 @@ from ..layers import DecoderConfig
 from ..layers.clip import TowerConfig
 from ..layers.internvit import InternVisionTower, ShuffleProjector
 from ..roles import language_roles, projector_role
-from ..text_config import read_decoder
+from ..text_config import TINY_TEXT, read_decoder
 from ..tower import read_tower, tower_unused
 
 __all__ = ["FAMILY"]
@@ -210,16 +210,7 @@ TINY_CONFIG: Json = {
     "select_layer": -1,
     "use_thumbnail": True,
     "llm_config": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
-        "vocab_size": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
+        **TINY_TEXT,
     },
     "vision_config": {
         "hidden_size": 48,

@@ -18,7 +18,7 @@ from ..fields import read_field, read_size
 from ..image_processor import image_processor, smart_resize_spec
 from ..layers import DecoderConfig, frequencies
 from ..roles import decoder_role, embedding_role, language_roles
-from ..text_config import check_activation, read_decoder
+from ..text_config import TINY_TEXT, check_activation, read_decoder
 from .qwen2_5_vl import PROTECTED
 from .qwen2_vl import INDEX_INPUTS, VisionConfig, vision_roles
 from .qwen2_vl import vision_config as tower_config
@@ -236,16 +236,7 @@ TINY_CONFIG: Json = {
     "architectures": [ARCHITECTURE],
     "llm_config": {
         "model_type": "qwen2",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_hidden_layers": 2,
-        "vocab_size": 512,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
+        **TINY_TEXT,
     },
     "vision_config": {
         "depth": 2,

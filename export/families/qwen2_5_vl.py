@@ -36,7 +36,7 @@ from ..layers import (
     reorder_blocks,
 )
 from ..roles import language_roles, merged_vision_roles
-from ..text_config import check_activation, eos_token_ids, is_tied, read_decoder, text_config
+from ..text_config import TINY_TEXT, check_activation, eos_token_ids, is_tied, read_decoder, text_config
 
 __all__ = [
     "FAMILY",
@@ -250,17 +250,8 @@ def manifest_parts(
 TINY_CONFIG: Json = {
     "model_type": MODEL_TYPE,
     "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
+    **TINY_TEXT,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
     "eos_token_id": 2,
     "vision_config": {
         "depth": 2,

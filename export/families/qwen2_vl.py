@@ -16,7 +16,7 @@ from ..fields import read_field, read_size
 from ..image_processor import PatchGeometry
 from ..layers import BlockRunner, Linear, PackedAttention, PackedBlock, PatchEmbed, axis_angles, quick_gelu
 from ..roles import merged_vision_roles
-from ..text_config import check_activation
+from ..text_config import TINY_TEXT, check_activation
 from .qwen2_5_vl import manifest_parts, normalise, patch_geometry, text_roles, unused, vision_frequencies
 
 __all__ = ["FAMILY", "INDEX_INPUTS", "VisionConfig", "vision_config", "vision_roles"]
@@ -125,17 +125,8 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
 TINY_CONFIG: Json = {
     "model_type": MODEL_TYPE,
     "architectures": ["Qwen2VLForConditionalGeneration"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
+    **TINY_TEXT,
     "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
     "eos_token_id": 2,
     "vision_config": {
         "depth": 2,
