@@ -6,11 +6,21 @@ Reading is strict where a guess would change answers: a field that upstream obey
 from typing import Any
 
 from ..runtime.errors import CheckpointError
+from ..runtime.manifest import CacheSpec
 from .family import Json
 from .fields import read_field, read_fields, read_size
 from .layers import DecoderConfig, frequencies
 
-__all__ = ["TINY_TEXT", "check_activation", "eos_token_ids", "is_tied", "read_decoder", "text_at", "text_config"]
+__all__ = [
+    "TINY_TEXT",
+    "cache_spec",
+    "check_activation",
+    "eos_token_ids",
+    "is_tied",
+    "read_decoder",
+    "text_at",
+    "text_config",
+]
 
 # The text part of a tiny configuration, as tests and traces of a family take it.
 TINY_TEXT: Json = {
@@ -79,6 +89,17 @@ def read_decoder(
         inverse_frequencies=frequencies(head_dim, theta),
         rope_sections=read_fields(rope, "mrope_section", num_axes) if num_axes > 1 else (head_dim // 2,),
         qkv_bias=qkv_bias,
+    )
+
+
+def cache_spec(decoder: DecoderConfig, max_length: int) -> CacheSpec:
+    """The float32 cache of a decoder, for prompts and answers of at most `max_length` tokens."""
+    return CacheSpec(
+        num_layers=decoder.num_layers,
+        num_kv_heads=decoder.num_kv_heads,
+        head_dim=decoder.head_dim,
+        dtype="float32",
+        max_length=max_length,
     )
 
 

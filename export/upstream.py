@@ -1,15 +1,42 @@
-"""A checkpoint in the class of transformers that computes it: the reference of families that transformers has."""
+"""A checkpoint in the class of transformers that computes it, or in its own: what such references have in common."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from transformers.utils import logging
 
 from ..runtime.errors import CheckpointError
+from ..runtime.image import Patches
 from .bitsandbytes import compute_in_float32
 
-__all__ = ["load_upstream"]
+__all__ = ["UpstreamModel", "load_upstream"]
+
+Array = NDArray[Any]
+
+
+class UpstreamModel:
+    """A model in PyTorch and the cache of the prompt it is at; part of ReferenceModel (validate/reference.py)."""
+
+    video_rule: str | None = None
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._cache: Any = None
+
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """Upstream's model, whose modules have the names of their tensors."""
+        return {"": self._model}
+
+    def cache(self) -> list[tuple[Array, Array]]:
+        """Keys and values of each layer so far, float32 [1, K, T, H]."""
+        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in self._cache.layers]
+
+    def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
+        """None: rows are in the order of the patches everywhere."""
+        del role, patches
 
 
 def load_upstream(kind: Any, folder: Path, **instead: Any) -> Any:

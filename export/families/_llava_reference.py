@@ -23,7 +23,7 @@ from ...runtime.prepare import Prepared
 from ..checkpoint import Checkpoint
 from ..family import Json
 from ..text_config import is_tied
-from ..upstream import load_upstream
+from ..upstream import UpstreamModel, load_upstream
 from .llava import CLIP_LARGE, image_size, is_first_form, known_tower, normalise, text_part
 
 __all__ = ["Reference", "load"]
@@ -74,11 +74,10 @@ def _first_tensors(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {normalise(name): values for file in sorted(files) for name, values in load_file(file).items()}
 
 
-class Reference:
+class Reference(UpstreamModel):
     """One checkpoint in PyTorch, float32; a prompt at a time."""
 
     origin = "transformers"
-    video_rule: str | None = None
 
     def __init__(self, model: Any, processor: Any) -> None:
         self._model = model
@@ -93,18 +92,6 @@ class Reference:
         blocks = found[:, :, : rows * size, : columns * size].reshape(-1, 3, rows, size, columns, size)
         patches = blocks.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3 * size * size)
         return patches, np.tile(np.array([1, rows, columns]), (len(images), 1))
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """Upstream's model, whose modules have the names of their tensors."""
-        return {"": self._model}
-
-    def cache(self) -> list[tuple[Array, Array]]:
-        """Keys and values of each layer so far, float32 [1, K, T, H]."""
-        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in self._cache.layers]
-
-    def row_order(self, role: str, patches: Sequence[Patches]) -> None:
-        """None: rows are in the order of the patches everywhere."""
-        del role, patches
 
     @torch.inference_mode()
     def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:

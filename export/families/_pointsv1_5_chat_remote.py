@@ -18,6 +18,7 @@ from PIL import Image
 from ...runtime.errors import CheckpointError
 from ...runtime.image import Patches
 from ...runtime.prepare import Prepared
+from ..upstream import UpstreamModel
 
 __all__ = ["Reference", "load"]
 
@@ -39,31 +40,14 @@ def load(folder: Path) -> "Reference":
     return Reference(model.eval())
 
 
-class Reference:
+class Reference(UpstreamModel):
     """One checkpoint in PyTorch, float32; a prompt at a time."""
 
     origin = "the checkpoint's own Python files"
-    video_rule: str | None = None
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._cache: Any = None
 
     def pixels(self, images: Sequence[Image.Image]) -> None:
         """None: the image processor is of the package wepoints, not of the checkpoint."""
         del images
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """Upstream's model, whose modules have the names of their tensors."""
-        return {"": self._model}
-
-    def cache(self) -> list[tuple[Array, Array]]:
-        """Keys and values of each layer so far, float32 [1, K, T, H]."""
-        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in self._cache.layers]
-
-    def row_order(self, role: str, patches: Sequence[Patches]) -> None:
-        """None: rows are in the order of the patches everywhere."""
-        del role, patches
 
     @torch.inference_mode()
     def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:

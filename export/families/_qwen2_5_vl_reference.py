@@ -18,7 +18,7 @@ from transformers.vision_utils import get_vision_window_index
 from ...runtime.errors import CheckpointError
 from ...runtime.image import Patches
 from ...runtime.prepare import Prepared
-from ..upstream import load_upstream
+from ..upstream import UpstreamModel, load_upstream
 
 __all__ = ["Reference", "load"]
 
@@ -38,26 +38,21 @@ def load(folder: Path) -> "Reference":
     return Reference(load_upstream(AutoModelForImageTextToText, folder), folder)
 
 
-class Reference:
+class Reference(UpstreamModel):
     """One checkpoint in PyTorch, float32; a prompt at a time."""
 
     origin = "transformers"
     video_rule = "transformers-5.23"  # what the installed transformers computes; a rule of runtime/positions.py
 
     def __init__(self, model: Any, folder: Path) -> None:
-        self._model = model
+        super().__init__(model)
         self._folder = folder
-        self._cache: Any = None
 
     def pixels(self, images: Sequence[Image.Image]) -> tuple[Array, Array]:
         """The processor's own pixel_values [P, patch_dim] and grids [n, 3] of still images, by its Pillow backend."""
         processor = AutoImageProcessor.from_pretrained(self._folder, backend="pil", local_files_only=True)
         found = processor(images=list(images), return_tensors="np")
         return found["pixel_values"], found["image_grid_thw"]
-
-    def modules(self) -> dict[str, torch.nn.Module]:
-        """Upstream's model, whose modules have the names of their tensors."""
-        return {"": self._model}
 
     @torch.inference_mode()
     def vision(self, patches: Sequence[Patches]) -> tuple[Array, Array]:
@@ -69,10 +64,6 @@ class Reference:
         if order is not None:
             hidden = hidden.reshape(len(order), -1, hidden.shape[-1])[torch.from_numpy(order)].reshape(hidden.shape)
         return hidden.float().numpy(), output.pooler_output.float().numpy()
-
-    def cache(self) -> list[tuple[Array, Array]]:
-        """Keys and values of each layer so far, float32 [1, K, T, H]."""
-        return [(layer.keys.float().numpy(), layer.values.float().numpy()) for layer in self._cache.layers]
 
     def row_order(self, role: str, patches: Sequence[Patches]) -> Array | None:
         """Places of the merge blocks in natural order: upstream's merger has them in window order, as its blocks do."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...runtime.errors import CheckpointError
-from ...runtime.manifest import CacheSpec, PositionSpec, PromptSpec, VisionSpec
+from ...runtime.manifest import PositionSpec, PromptSpec, VisionSpec
 from ..documents import generation_defaults, token_id
 from ..encoder_free_roles import patch_embed_role, routed_decoder_role
 from ..family import FamilySpec, Json, ManifestParts, RoleSpec, RowBlocks, TensorRef
@@ -22,7 +22,7 @@ from ..image_processor import PatchGeometry, fixed_area_spec, image_processor
 from ..layers import DecoderConfig
 from ..layers.routed import RoutedParts
 from ..roles import decoder_role, embedding_role
-from ..text_config import TINY_TEXT, is_tied, read_decoder
+from ..text_config import TINY_TEXT, cache_spec, is_tied, read_decoder
 
 __all__ = ["FAMILY", "TEMPLATE"]
 
@@ -190,13 +190,7 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
             max_tokens=None if limit is None else read_size(config, "tokenizer_model_max_length"),
         ),
         positions=PositionSpec(strategy="sequential"),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=read_size(config, "max_position_embeddings", 32768),
-        ),
+        cache=cache_spec(decoder, read_size(config, "max_position_embeddings", 32768)),
         generation=replace(generation, eos_token_ids=tuple(dict.fromkeys((*generation.eos_token_ids, end)))),
         template=TEMPLATE,
     )

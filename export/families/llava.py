@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...runtime.errors import CheckpointError
-from ...runtime.manifest import CacheSpec, ImageSpec, PositionSpec, PromptSpec, VisionSpec
+from ...runtime.manifest import ImageSpec, PositionSpec, PromptSpec, VisionSpec
 from ..documents import generation_defaults, leading_tokens, special_tokens
 from ..family import FamilySpec, Json, ManifestParts, Port, RoleSpec, TensorRef
 from ..fields import read_field, read_fields, read_size
@@ -26,7 +26,7 @@ from ..image_processor import image_processor, square_spec
 from ..layers import DecoderConfig, Linear
 from ..layers.clip import TowerConfig
 from ..roles import language_roles
-from ..text_config import check_activation, eos_token_ids, is_tied, read_decoder
+from ..text_config import cache_spec, check_activation, eos_token_ids, is_tied, read_decoder
 from ..tower import read_tower, tower_role, tower_unused
 
 __all__ = ["CLIP_LARGE", "FAMILY", "TEMPLATE", "image_size", "is_first_form", "known_tower", "normalise", "text_part"]
@@ -302,13 +302,7 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
             leading_tokens=leading_tokens(documents),
         ),
         positions=PositionSpec(strategy="sequential"),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=max_length(config),
-        ),
+        cache=cache_spec(decoder, max_length(config)),
         # The first release generates from embeddings, so that a penalty sees the answer alone.
         generation=generation_defaults(generation, eos_token_ids(text_part(config)), penalty_sees_prompt=not first),
         template=TEMPLATE if first else None,

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 
 from ...runtime.errors import CheckpointError
 from ...runtime.manifest import (
-    CacheSpec,
     ImageSpec,
     PositionSpec,
     PromptSpec,
@@ -28,7 +27,7 @@ from ..fields import read_field, read_numbers, read_size
 from ..image_processor import image_processor
 from ..layers import DecoderConfig
 from ..roles import language_roles
-from ..text_config import check_activation, is_tied, read_decoder
+from ..text_config import TINY_TEXT, cache_spec, check_activation, is_tied, read_decoder
 from ._minicpmv_modules import RESAMPLER_HEAD, Resampler, ResamplerConfig, VisionConfig, VisionEncoder
 
 __all__ = ["FAMILY"]
@@ -216,13 +215,7 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
             tiles=tokens,
         ),
         positions=PositionSpec(strategy="sequential", hidden_token_ids=HIDDEN_TOKEN_IDS),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=read_size(config, "max_position_embeddings", 32768),
-        ),
+        cache=cache_spec(decoder, read_size(config, "max_position_embeddings", 32768)),
         generation=generation_defaults({**CHAT_SETTINGS, **own, "eos_token_id": eos}, None, penalty_sees_prompt=False),
     )
 
@@ -284,16 +277,8 @@ TINY_CONFIG: Json = {
     "model_type": MODEL_TYPE,
     "architectures": ["MiniCPMV"],
     "version": 2.6,
+    **TINY_TEXT,
     "hidden_size": 256,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
     "query_num": 16,
     "drop_vision_last_layer": False,
     "vision_config": {

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ...runtime.errors import CheckpointError
-from ...runtime.manifest import CacheSpec, ImageSpec, PositionSpec, PromptSpec, RatioTileSpec, TileTags, VisionSpec
+from ...runtime.manifest import ImageSpec, PositionSpec, PromptSpec, RatioTileSpec, TileTags, VisionSpec
 from ..documents import generation_defaults, special_tokens, token_id
 from ..family import FamilySpec, Json, ManifestParts, Port, RoleSpec, TensorRef
 from ..fields import read_field, read_size
@@ -22,7 +22,7 @@ from ..layers import DecoderConfig
 from ..layers.clip import TowerConfig
 from ..layers.internvit import InternVisionTower, ShuffleProjector
 from ..roles import language_roles, projector_role
-from ..text_config import TINY_TEXT, read_decoder
+from ..text_config import TINY_TEXT, cache_spec, read_decoder
 from ..tower import read_tower, tower_unused
 
 __all__ = ["FAMILY"]
@@ -187,13 +187,7 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
             tile_tags=tags,
         ),
         positions=PositionSpec(strategy="sequential"),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=read_size(config, "llm_config.max_position_embeddings", 32768),
-        ),
+        cache=cache_spec(decoder, read_size(config, "llm_config.max_position_embeddings", 32768)),
         generation=generation_defaults(own, None, penalty_sees_prompt=False),
     )
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from ...runtime.errors import CheckpointError
-from ...runtime.manifest import CacheSpec, GenerationDefaults, PositionSpec, PromptSpec, VisionSpec
+from ...runtime.manifest import GenerationDefaults, PositionSpec, PromptSpec, VisionSpec
 from ..documents import token_id
 from ..family import FamilySpec, Json, ManifestParts, RoleSpec, RowBlocks, TensorRef
 from ..fields import read_field, read_size
 from ..image_processor import image_processor, smart_resize_spec
 from ..layers import DecoderConfig, frequencies
 from ..roles import decoder_role, embedding_role, language_roles
-from ..text_config import TINY_TEXT, check_activation, read_decoder
+from ..text_config import TINY_TEXT, cache_spec, check_activation, read_decoder
 from .qwen2_5_vl import PROTECTED
 from .qwen2_vl import INDEX_INPUTS, VisionConfig, vision_roles
 from .qwen2_vl import vision_config as tower_config
@@ -220,13 +220,7 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
             template_options={"add_generation_prompt": True},
         ),
         positions=PositionSpec(strategy="sequential"),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=read_size(config, "llm_config.max_position_embeddings", own.max_length),
-        ),
+        cache=cache_spec(decoder, read_size(config, "llm_config.max_position_embeddings", own.max_length)),
         generation=GenerationDefaults((token_id(documents, END_OF_TURN),), penalty_sees_prompt=False),
         template=TEMPLATE,
     )

@@ -13,7 +13,6 @@ from torch import nn
 
 from ...runtime.errors import CheckpointError
 from ...runtime.manifest import (
-    CacheSpec,
     PositionSpec,
     PromptSpec,
     VideoSpec,
@@ -36,7 +35,7 @@ from ..layers import (
     reorder_blocks,
 )
 from ..roles import language_roles, merged_vision_roles
-from ..text_config import TINY_TEXT, check_activation, eos_token_ids, is_tied, read_decoder, text_config
+from ..text_config import TINY_TEXT, cache_spec, check_activation, eos_token_ids, is_tied, read_decoder, text_config
 
 __all__ = [
     "FAMILY",
@@ -236,13 +235,7 @@ def manifest_parts(
             # the library's own default is 4; published checkpoints say 2
             tokens_per_second=float(read_field(config, "vision_config.tokens_per_second", int, 4)) if seconds else None,
         ),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=read_size(text_config(config), "max_position_embeddings", 32768),
-        ),
+        cache=cache_spec(decoder, read_size(text_config(config), "max_position_embeddings", 32768)),
         generation=generation_defaults(documents.get("generation_config.json", {}), eos_token_ids(config)),
     )
 

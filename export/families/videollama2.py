@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from ...runtime.errors import CheckpointError
 from ...runtime.manifest import (
-    CacheSpec,
     ConnectorSpec,
     GenerationDefaults,
     ImageSpec,
@@ -37,7 +36,7 @@ from ..layers import DecoderConfig
 from ..layers.clip import TowerConfig
 from ..layers.connector import ConnectorConfig, MeanProjector, WindowConnector
 from ..roles import language_roles
-from ..text_config import is_tied, read_decoder
+from ..text_config import TINY_TEXT, cache_spec, is_tied, read_decoder
 from ..tower import read_tower, tower_role, tower_unused
 from .llava import CLIP_LARGE
 
@@ -329,13 +328,7 @@ def manifest(config: Json, documents: Mapping[str, Json]) -> ManifestParts:
             template_options={"add_generation_prompt": True, **tokens},
         ),
         positions=PositionSpec(strategy="sequential"),
-        cache=CacheSpec(
-            num_layers=decoder.num_layers,
-            num_kv_heads=decoder.num_kv_heads,
-            head_dim=decoder.head_dim,
-            dtype="float32",
-            max_length=max_length(config),
-        ),
+        cache=cache_spec(decoder, max_length(config)),
         generation=generation(config, documents, tokens),
         template_prologue=PROLOGUE.replace("SYSTEM", json.dumps(system)),
     )
@@ -379,17 +372,9 @@ def generation(config: Json, documents: Mapping[str, Json], tokens: Mapping[str,
 TINY_CONFIG: Json = {
     "model_type": "videollama2_mistral",
     "architectures": ["Videollama2MistralForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "vocab_size": 512,
+    **TINY_TEXT,
     "rms_norm_eps": 1e-5,
-    "rope_theta": 1000000.0,
-    "max_position_embeddings": 1024,
     "sliding_window": None,
-    "tie_word_embeddings": False,
     "mm_vision_tower": "tower_clip",
     "mm_vision_select_layer": -2,
     "mm_vision_select_feature": "patch",
