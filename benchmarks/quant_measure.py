@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from vlmport.runtime.model import Model
 from vlmport.validate.compare import Comparison, compare_logits, compare_tensors
-from vlmport.validate.metrics import LogitErrors, TensorErrors
+from vlmport.validate.metrics import TensorErrors
 from vlmport.validate.reference import ReferenceModel, ReferenceRun, load_reference, run_reference
 from vlmport.validate.stages import run_stages
+from vlmport.validate.statistics import summarize_kl
 from vlmport.validate.tasks import Answer, Task, ask, load_task, score, task_samples
 
 from .quant_report import Quality
@@ -25,7 +26,6 @@ __all__ = ["Reference", "measure_torch", "measure_variant", "reference_runs", "r
 
 Progress = Callable[[int, int, str], None]
 NUM_DETAILED = 16  # questions whose image is compared behind the vision encoder too
-_TIE = 0.0  # nats; no flip is excused here
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,14 @@ def _quality(
     task: Task,
     tokens_per_second: float | None,
 ) -> Quality:
-    logits = LogitErrors.join([record.logits for record in records if record.logits is not None]).metrics(_TIE)
+    logits = summarize_kl([record.logits for record in records if record.logits is not None])
     vision = TensorErrors.join([record.tensor for record in towers if record.tensor is not None]).metrics()
     scored = score(task, answers)
     return Quality(
-        kl_mean=logits.kl_mean,
-        kl_ci_low=logits.kl_ci_low,
-        kl_ci_high=logits.kl_ci_high,
-        kl_p999=logits.kl_p999,
+        kl_mean=logits.mean,
+        kl_ci_low=logits.ci_low,
+        kl_ci_high=logits.ci_high,
+        kl_p999=logits.p999,
         same_top1=logits.same_top1,
         exact_match=sum(answer.right for answer in answers) / len(answers),
         reference_exact_match=sum(answer.reference_right for answer in answers) / len(answers),

@@ -2,9 +2,10 @@
 
 import numpy as np
 
+from vlmport.validate.intervals import ratio
 from vlmport.validate.metrics import LogitErrors
 from vlmport.validate.report import plain
-from vlmport.validate.statistics import AnswerEvidence, ratio, summarize
+from vlmport.validate.statistics import AnswerEvidence, summarize
 
 ANSWERS = (("12.50", "12.50", "12.50"), ("a & <b>", "a & <b>", "a & <i>"), ("leeks", "leeks", "peas"))
 _STEPS = ("preprocessing", "export", "weights:decoder", "kv_cache")

@@ -66,7 +66,7 @@ def test_shapes_must_agree():
 
 def test_an_empty_comparison_has_no_numbers():
     assert math.isnan(tensor_errors(np.zeros((0, 3)), np.zeros((0, 3))).metrics().max_abs)
-    assert math.isnan(logit_errors(np.zeros((0, 3)), np.zeros((0, 3))).metrics(0.1).kl_mean)
+    assert logit_errors(np.zeros((0, 3)), np.zeros((0, 3))).kl.size == 0
 
 
 def test_zero_rows_agree_with_zero_rows_only():
@@ -78,11 +78,11 @@ def test_zero_rows_agree_with_zero_rows_only():
 def test_blocks_change_nothing(monkeypatch):
     random = np.random.default_rng(1)
     a, b = random.normal(size=(50, 7)), random.normal(size=(50, 7))
-    whole, whole_logits = tensor_errors(a, b).metrics(), logit_errors(a, b).metrics(0.1)
+    whole, whole_logits = tensor_errors(a, b).metrics(), logit_errors(a, b)
     monkeypatch.setattr("vlmport.validate.metrics._BLOCK", 21)
     assert tensor_errors(a, b).metrics().max_abs == whole.max_abs
     assert tensor_errors(a, b).metrics().relative_l2 == pytest.approx(whole.relative_l2, rel=1e-12)
-    assert logit_errors(a, b).metrics(0.1) == whole_logits
+    np.testing.assert_array_equal(logit_errors(a, b).kl, whole_logits.kl)
 
 
 @given(_pairs())
@@ -94,15 +94,18 @@ def test_join_of_parts_is_the_whole(pair):
     assert joined.count == whole.count
     assert joined.cosine_p1 == pytest.approx(whole.cosine_p1, abs=1e-12)
     logits = [logit_errors(a[i : i + 1], b[i : i + 1]) for i in range(len(a))]
-    assert LogitErrors.join(logits).metrics(0.1) == logit_errors(a, b).metrics(0.1)
+    np.testing.assert_array_equal(LogitErrors.join(logits).kl, logit_errors(a, b).kl)
 
 
 @given(_logits)
 def test_identical_is_perfect(a):
     m = tensor_errors(a, a.copy()).metrics()
     assert (m.max_abs, m.relative_l2, m.cosine_min, m.snr_db) == (0.0, 0.0, 1.0, math.inf)
-    k = logit_errors(a, a.copy()).metrics(0.0)
-    assert (k.kl_max, k.same_top1, k.top5_containment, k.delta_p_rms) == (0.0, 1.0, 1.0, 0.0)
+    errors = logit_errors(a, a.copy())
+    assert errors.kl.max() == 0.0
+    assert errors.same.all()
+    assert errors.top5.all()
+    assert not errors.delta_p.any()
 
 
 @given(_pairs())
@@ -138,29 +141,11 @@ def test_kl_by_hand_and_its_direction():
     assert errors.delta_p[0] == pytest.approx(-0.25)
 
 
-def test_a_flip_counts_as_a_tie_only_within_the_margin():
-    reference = np.array([[1.0, 0.95, 0.0], [1.0, 0.2, 0.0], [1.0, 0.3, 0.0], [1.0, 0.0, 0.0]])
-    candidate = np.array([[0.9, 1.0, 0.0], [0.2, 1.0, 0.0], [0.3, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    m = logit_errors(reference, candidate).metrics(tie_margin=0.1)
-    assert m.same_top1 == 0.25
-    assert m.same_top1_off_ties == 0.5
-    assert m.num_ties_flipped == 1
-
-
 def test_top5_looks_from_both_sides():
     reference, candidate = np.arange(10.0)[None], np.arange(10.0)[None].copy()
     candidate[0, 9] = -1  # the reference's choice is the candidate's last
-    assert logit_errors(reference, candidate).metrics(0).top5_containment == 0.0
+    assert not logit_errors(reference, candidate).top5[0]
     assert margins(reference)[0] == 1.0
-
-
-def test_confidence_interval_holds_the_mean_and_is_repeatable():
-    random = np.random.default_rng(3)
-    a = random.normal(size=(200, 11))
-    m = logit_errors(a, a + random.normal(scale=0.1, size=a.shape)).metrics(0.0)
-    assert m.kl_ci_low < m.kl_mean < m.kl_ci_high
-    assert m.kl_stderr > 0
-    assert m.kl_median <= m.kl_p99 <= m.kl_p999 <= m.kl_max
 
 
 def test_drift_slope():

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..runtime.manifest import Variant
 from .gates import STAGES, GateResult, GateTable, Outcome, column_of, judge, worst
 from .metrics import LogitErrors, TensorErrors, drift_slope, logit_errors, margins, tensor_errors
+from .statistics import summarize_kl
 
 __all__ = [
     "Choices",
@@ -195,8 +196,7 @@ def _values(records: Sequence[Comparison], tie_margin: float, kind: str) -> dict
         metrics = dataclasses.asdict(TensorErrors.join(tensors).metrics())
         values |= {**metrics, "num_nonfinite": metrics["num_nan"] + metrics["num_inf"]}
     if logits := [record.logits for record in records if record.logits is not None]:
-        metrics = dataclasses.asdict(LogitErrors.join(logits).metrics(tie_margin))
-        values |= {"num_positions": metrics.pop("count"), **metrics}
+        values |= _logit_values(logits, tie_margin)
         if kind == "decode":
             values["drift_slope"] = drift_slope([errors.kl for errors in logits])
     if num_values := sum(record.num_values for record in records):
@@ -206,6 +206,23 @@ def _values(records: Sequence[Comparison], tie_margin: float, kind: str) -> dict
         tie = np.concatenate([choice.tie for choice in choices])
         values |= {"match": float(same.mean()), "match_off_ties": float((same | tie).mean())}
     return values
+
+
+def _logit_values(parts: Sequence[LogitErrors], tie_margin: float) -> dict[str, float]:
+    """Names as gates have them. A flip where the reference's margin is at most `tie_margin` nats is a tie's."""
+    told = summarize_kl(parts)
+    errors = LogitErrors.join(parts)
+    ties_N = ~errors.same & (errors.margin <= tie_margin)
+    names = ("mean", "median", "p99", "p999", "max", "stderr", "ci_low", "ci_high")
+    return {
+        "num_positions": told.num_positions,
+        **{f"kl_{name}": getattr(told, name) for name in names},
+        "same_top1": told.same_top1,
+        "same_top1_off_ties": float((errors.same | ties_N).mean()) if errors.same.size else math.nan,
+        "num_ties_flipped": int(ties_N.sum()),
+        "top5_containment": told.top5,
+        "delta_p_rms": told.delta_p_rms,
+    }
 
 
 def _mismatch(reference: Array) -> TensorErrors:

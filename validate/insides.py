@@ -22,11 +22,11 @@ from ..runtime.session import GraphSession
 from .bisect import OperatorError
 from .images import ImageReference, ImageSample
 from .localise import Localised, localise, tap_image_reference, tap_reference
-from .metrics import LogitErrors
 from .reference import ReferenceModel, ReferenceRun
 from .samples import Sample
+from .statistics import KlSummary, summarize_kl
 from .sweep import Vision, sweep
-from .waterfall import Kl, Tally, Waterfall, chain_of, kl_of, measure, noise_errors, reference_logits, summarise
+from .waterfall import Tally, Waterfall, chain_of, measure, noise_errors, reference_logits, summarise
 
 __all__ = [
     "Insides",
@@ -71,7 +71,7 @@ class LayerDrift:
 @dataclass(frozen=True)
 class Noise:
     what: str
-    kl: Kl
+    kl: KlSummary
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,7 @@ def look_inside(
             )
         asked = [(request.prepared, request.forced_ids, request.second) for request in requests]
         errors = noise_errors(reference, asked, lambda done: progress(done, len(asked), "noise of the reference"))
-    return Insides(
-        Noise("PyTorch float32 against bfloat16", kl_of(LogitErrors.join(errors))) if errors else None, found
-    )
+    return Insides(Noise("PyTorch float32 against bfloat16", summarize_kl(errors)) if errors else None, found)
 
 
 def look_inside_images(

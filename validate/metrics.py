@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 __all__ = [
     "LogitErrors",
-    "LogitMetrics",
     "TensorErrors",
     "TensorMetrics",
     "drift_slope",
@@ -28,8 +27,6 @@ __all__ = [
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 _BLOCK = 1 << 22  # elements handled at a time: 32 MiB in float64
-_BOOTSTRAP_ROUNDS = 1000
-_BOOTSTRAP_SEED = 20
 
 
 @dataclass(frozen=True)
@@ -46,26 +43,6 @@ class TensorMetrics:
     snr_db: float = math.nan  # 20 log10(|reference| / |error|); inf for equal tensors
     num_nan: int = 0  # in the candidate
     num_inf: int = 0  # in the candidate
-
-
-@dataclass(frozen=True)
-class LogitMetrics:
-    """Differences of two next-token distributions, over positions. KL is KL(reference || candidate) in nats."""
-
-    count: int  # compared positions
-    kl_mean: float = math.nan
-    kl_median: float = math.nan
-    kl_p99: float = math.nan
-    kl_p999: float = math.nan
-    kl_max: float = math.nan
-    kl_stderr: float = math.nan
-    kl_ci_low: float = math.nan  # bootstrap, 95 % of the mean
-    kl_ci_high: float = math.nan
-    same_top1: float = math.nan  # share of positions
-    same_top1_off_ties: float = math.nan  # share, where a flip at a near tie counts as the same
-    num_ties_flipped: int = 0
-    top5_containment: float = math.nan  # share of positions where each side's first choice is among the other's five
-    delta_p_rms: float = math.nan  # of the probability of the reference's first choice
 
 
 @dataclass(frozen=True)
@@ -116,7 +93,7 @@ class TensorErrors:
 
 @dataclass(frozen=True)
 class LogitErrors:
-    """What LogitMetrics are computed from, a value a position; `join` puts several runs together."""
+    """A value a position; statistics.summarize_kl makes the numbers of a report of them, `join` one of several."""
 
     kl: Float64
     same: NDArray[np.bool_]
@@ -129,30 +106,6 @@ class LogitErrors:
         """One LogitErrors over the positions of all parts (at least one)."""
         names = ("kl", "same", "margin", "top5", "delta_p")
         return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-    def metrics(self, tie_margin: float) -> LogitMetrics:
-        """The numbers of the report; a flip where the reference's margin is at most `tie_margin` nats is a tie's."""
-        if self.kl.size == 0:
-            return LogitMetrics(count=0)
-        tie_N = ~self.same & (self.margin <= tie_margin)
-        low, high = _bootstrap_mean(self.kl)
-        count = self.kl.size
-        return LogitMetrics(
-            count=count,
-            kl_mean=float(self.kl.mean()),
-            kl_median=float(np.median(self.kl)),
-            kl_p99=float(np.quantile(self.kl, 0.99)),
-            kl_p999=float(np.quantile(self.kl, 0.999)),
-            kl_max=float(self.kl.max()),
-            kl_stderr=float(self.kl.std(ddof=1) / math.sqrt(count)) if count > 1 else math.nan,
-            kl_ci_low=low,
-            kl_ci_high=high,
-            same_top1=float(self.same.mean()),
-            same_top1_off_ties=float((self.same | tie_N).mean()),
-            num_ties_flipped=int(tie_N.sum()),
-            top5_containment=float(self.top5.mean()),
-            delta_p_rms=float(np.sqrt(np.square(self.delta_p).mean())),
-        )
 
 
 def tensor_errors(reference: Array, candidate: Array) -> TensorErrors:
@@ -260,16 +213,6 @@ def _block_logit_errors(reference_NV: Array, candidate_NV: Array) -> LogitErrors
 def _among_top(logits_NV: Float64, choice_N: NDArray[np.int64], num: int = 5) -> NDArray[np.bool_]:
     chosen_N = np.take_along_axis(logits_NV, choice_N[:, None], axis=1)
     return (logits_NV > chosen_N).sum(axis=1) < num
-
-
-def _bootstrap_mean(values_N: Float64) -> tuple[float, float]:
-    """95 % interval of the mean by resampling positions, seeded so that a report is reproducible."""
-    if values_N.size < 2 or not np.isfinite(values_N).all():
-        return math.nan, math.nan
-    random = np.random.default_rng(_BOOTSTRAP_SEED)
-    means = [values_N[random.integers(0, values_N.size, values_N.size)].mean() for _ in range(_BOOTSTRAP_ROUNDS)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _ratio(error: float, reference: float) -> float:

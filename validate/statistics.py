@@ -1,8 +1,6 @@
 """What a sample of answers says, and how surely: shares and divergences with their number and a confidence interval.
 
-Intervals are 95 %, by bootstrap over samples, not over positions: the tokens of one answer are no independent draws.
-All are ratios of two sums, so one function makes them. Where an event never happened (or always did) resampling has no
-spread, and the bound is the exact binomial one (one-sided Clopper-Pearson: 1 - 0.05^(1/n), about 3/n).
+Intervals are 95 %, by bootstrap over samples (intervals.py), for all but a maximum: of that, resampling tells nothing.
 
 A first divergent token is the first position where the ids of two free-running greedy answers differ; it is tie-like
 where the reference's own margin (first minus second log-probability) is within the tie margin of the gate table, else
@@ -18,47 +16,38 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
+from .intervals import Interval, Ratio, quantiles, ratio, ratios
 from .metrics import LogitErrors
 
 __all__ = [
     "AnswerEvidence",
     "Divergence",
     "KlSummary",
-    "Ratio",
     "Statistics",
     "StepKl",
     "TokenClass",
     "classifier",
     "first_divergence",
-    "ratio",
     "summarize",
+    "summarize_kl",
 ]
 
 Float64 = NDArray[np.float64]
 TokenClass = Literal["digits", "text", "special"]
-_ROUNDS = 1000
-_SEED = 20
-_LEVEL = 0.05
 _SIZES = ((256, "up to 256 patches"), (1024, "257 to 1,024"), (4096, "1,025 to 4,096"), (math.inf, "over 4,096"))
 
 
 @dataclass(frozen=True)
-class Ratio:
-    """A sum over another with its 95 % interval. NaN throughout where the denominators add up to nothing."""
-
-    value: float
-    num_samples: int
-    ci_low: float
-    ci_high: float
-
-
-@dataclass(frozen=True)
 class KlSummary:
-    """Divergence of next-token distributions over positions, in nats; same_top1 is a share of positions."""
+    """Divergence of next-token distributions over positions, in nats; same_top1 and top5 are shares of positions.
+
+    `intervals` has those of median, p99, p999, same_top1, top5 and delta_p_rms; ci_low and ci_high are the mean's.
+    """
 
     num_positions: int
     num_samples: int
     mean: float
+    stderr: float
     ci_low: float
     ci_high: float
     median: float
@@ -66,8 +55,9 @@ class KlSummary:
     p999: float
     max: float
     same_top1: float
-    top5: float
-    delta_p_rms: float
+    top5: float  # where each side's first choice is among the other's five
+    delta_p_rms: float  # of the probability of the reference's first choice
+    intervals: Mapping[str, Interval]
 
 
 @dataclass(frozen=True)
@@ -77,6 +67,8 @@ class StepKl:
     step: int
     num_samples: int
     mean: float
+    ci_low: float
+    ci_high: float
     p90: float
 
 
@@ -126,14 +118,16 @@ def summarize(
     sizes = [_size(answer.num_patches) for answer in kept]
     ones = np.ones(len(kept))
     return Statistics(
-        kl=_kl([answer.errors for answer in kept]),
+        kl=summarize_kl([answer.errors for answer in kept]),
         by_class={
-            name: _kl([_where(answer.errors, classes == name) for answer, classes in zip(kept, tokens, strict=True)])
+            name: summarize_kl(
+                [_where(answer.errors, classes == name) for answer, classes in zip(kept, tokens, strict=True)]
+            )
             for name in ("digits", "text", "special")
             if any((classes == name).any() for classes in tokens)
         },
         by_size={
-            name: _kl([answer.errors for answer, size in zip(kept, sizes, strict=True) if size == name])
+            name: summarize_kl([answer.errors for answer, size in zip(kept, sizes, strict=True) if size == name])
             for name in dict.fromkeys([*(name for _, name in _SIZES), "no image"])
             if name in sizes
         },
@@ -168,69 +162,73 @@ def first_divergence(answer: AnswerEvidence, tie_margin: float) -> Divergence | 
     return Divergence(answer.sample, step, length, margin, tie_like=margin <= tie_margin)
 
 
-def ratio(numerators: Float64, denominators: Float64) -> Ratio:
-    """sum(numerators) / sum(denominators) over samples, [N] each, with a seeded bootstrap of whole samples.
-
-    Numerators in 0..1 with denominators of 1 are a share; of a share that is 0 or 1 the bound is the binomial one.
-    """
-    count = int(numerators.size)
-    total = float(denominators.sum())
-    if total == 0:
-        return Ratio(math.nan, count, math.nan, math.nan)
-    value = float(numerators.sum()) / total
-    is_share = bool((denominators == 1).all() and ((numerators == 0) | (numerators == 1)).all())
-    if is_share and value in (0.0, 1.0):
-        bound = _LEVEL ** (1 / count)
-        return Ratio(value, count, 0.0 if value == 0 else bound, 1 - bound if value == 0 else 1.0)
-    if count < 2 or not np.isfinite(numerators).all():
-        return Ratio(value, count, math.nan, math.nan)
-    low, high = _bootstrap(numerators, denominators)
-    return Ratio(value, count, low, high)
-
-
-def _bootstrap(numerators: Float64, denominators: Float64) -> tuple[float, float]:
-    """Percentile interval over resampled samples, one round at a time: memory is N, not N x rounds."""
-    random = np.random.default_rng(_SEED)
-    count = numerators.size
-    values: list[float] = []
-    for _ in range(_ROUNDS):
-        picked = random.integers(0, count, count)
-        below = float(denominators[picked].sum())
-        if below > 0:
-            values.append(float(numerators[picked].sum()) / below)
-    low, high = np.quantile(values, [_LEVEL / 2, 1 - _LEVEL / 2])
-    return float(low), float(high)
-
-
-def _kl(parts: Sequence[LogitErrors]) -> KlSummary:
+def summarize_kl(parts: Sequence[LogitErrors]) -> KlSummary:
+    """What a report says of divergences; a part is a sample, and those without positions do not count."""
     parts = [part for part in parts if part.kl.size]
     if not parts:
-        return KlSummary(0, 0, *[math.nan] * 10)
+        return KlSummary(0, 0, *[math.nan] * 11, intervals={})
     errors = LogitErrors.join(parts)
-    mean = ratio(np.array([part.kl.sum() for part in parts]), np.array([float(part.kl.size) for part in parts]))
+    sizes = np.array([float(part.kl.size) for part in parts])
+    totals = np.array([part.kl.sum() for part in parts])
+    mean = ratio(totals, sizes)
+    same, top5 = (
+        ratio(np.array([float(getattr(part, name).sum()) for part in parts]), sizes, is_share=True)
+        for name in ("same", "top5")
+    )
+    squares = ratio(np.array([np.square(part.delta_p).sum() for part in parts]), sizes)
+    levels = {"median": 0.5, "p99": 0.99, "p999": 0.999}
+    found = dict(zip(levels, quantiles([part.kl for part in parts], list(levels.values())), strict=True))
+    found |= {name: Interval(share.ci_low, share.ci_high) for name, share in (("same_top1", same), ("top5", top5))}
+    found["delta_p_rms"] = Interval(math.sqrt(squares.ci_low), math.sqrt(squares.ci_high))
     return KlSummary(
         num_positions=int(errors.kl.size),
         num_samples=len(parts),
         mean=mean.value,
+        stderr=_stderr(totals, sizes),
         ci_low=mean.ci_low,
         ci_high=mean.ci_high,
-        median=float(np.median(errors.kl)),
-        p99=float(np.quantile(errors.kl, 0.99)),
-        p999=float(np.quantile(errors.kl, 0.999)),
+        median=_quantile(errors.kl, levels["median"]),
+        p99=_quantile(errors.kl, levels["p99"]),
+        p999=_quantile(errors.kl, levels["p999"]),
         max=float(errors.kl.max()),
-        same_top1=float(errors.same.mean()),
-        top5=float(errors.top5.mean()),
-        delta_p_rms=float(np.sqrt(np.mean(errors.delta_p**2))),
+        same_top1=same.value,
+        top5=top5.value,
+        delta_p_rms=math.sqrt(squares.value),
+        intervals=found,
     )
+
+
+def _quantile(values_N: Float64, level: float) -> float:
+    """Between two values by a line, as far as there is one: beside an infinite value it is that one."""
+    method = "linear" if np.isfinite(values_N).all() else "higher"
+    return float(np.quantile(values_N, level, method=method))
+
+
+def _stderr(totals_S: Float64, sizes_S: Float64) -> float:
+    """Of a mean over positions, samples being clusters: a ratio estimator's (Cochran, Sampling Techniques, 6.9)."""
+    count = len(totals_S)
+    if count < 2 or not np.isfinite(totals_S).all():
+        return math.nan
+    residuals_S = totals_S - sizes_S * (totals_S.sum() / sizes_S.sum())
+    return math.sqrt(count / (count - 1) * float(np.square(residuals_S).sum())) / float(sizes_S.sum())
 
 
 def _by_step(kl: Sequence[Float64]) -> tuple[StepKl, ...]:
     longest = max((values.size for values in kl), default=0)
-    steps: list[StepKl] = []
-    for step in range(longest):
-        values = np.array([each[step] for each in kl if each.size > step])
-        steps.append(StepKl(step, int(values.size), float(values.mean()), float(np.quantile(values, 0.9))))
-    return tuple(steps)
+    kl_ST, held_ST = np.zeros((len(kl), longest)), np.zeros((len(kl), longest), bool)
+    for row, values in enumerate(kl):
+        kl_ST[row, : values.size], held_ST[row, : values.size] = values, True
+    return tuple(
+        StepKl(
+            step=step,
+            num_samples=mean.num_samples,
+            mean=mean.value,
+            ci_low=mean.ci_low,
+            ci_high=mean.ci_high,
+            p90=_quantile(kl_ST[held_ST[:, step], step], 0.9),
+        )
+        for step, mean in enumerate(ratios(kl_ST, held_ST.astype(np.float64), held_SK=held_ST))
+    )
 
 
 def _where(errors: LogitErrors, mask_N: NDArray[Any]) -> LogitErrors:

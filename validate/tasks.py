@@ -24,8 +24,7 @@ from ..runtime.model import Model
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json
-from .compare import Comparison, compare_logits
-from .reference import ReferenceRun
+from .intervals import Ratio, ratio
 from .report import TaskScore
 from .samples import Sample
 from .scorers import SCORERS, Scorer

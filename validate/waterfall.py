@@ -9,7 +9,7 @@
     provider             what the variant runs on in place of the CPU
 
 Each step is told by its divergence from the reference (`cumulative`), by how much it changes that (`added`, paired over
-positions), and by its divergence from the step before (`alone`): KL is no distance, so that the sum of the last is not
+samples), and by its divergence from the step before (`alone`): KL is no distance, so that the sum of the last is not
 the first. KL(reference || step) in nats, float64, at the positions of the reference's own greedy answer.
 """
 
@@ -24,22 +24,22 @@ from numpy.typing import NDArray
 from ..runtime.package import Package
 from ..runtime.prepare import Prepared
 from ..runtime.session import GraphSession
+from .intervals import ratio
 from .metrics import LogitErrors, logit_errors
 from .mixed import MixedModel, float_activations
 from .reference import ReferenceModel
 from .reference_taps import round_to_bfloat16
 from .stages import logits_without_cache, run_stages
+from .statistics import KlSummary, summarize_kl
 
 __all__ = [
     "Added",
     "Chain",
-    "Kl",
     "Link",
     "Step",
     "Tally",
     "Waterfall",
     "chain_of",
-    "kl_of",
     "measure",
     "noise_errors",
     "reference_logits",
@@ -47,28 +47,11 @@ __all__ = [
 ]
 
 Array = NDArray[Any]
-Float64 = NDArray[np.float64]
-_ROUNDS, _SEED = 1000, 20
-
-
-@dataclass(frozen=True)
-class Kl:
-    """Divergence over positions, in nats, with a bootstrap interval (95 %) of its mean; same_top1 is a share."""
-
-    num_positions: int
-    mean: float
-    ci_low: float
-    ci_high: float
-    median: float
-    p99: float
-    p999: float
-    max: float
-    same_top1: float
 
 
 @dataclass(frozen=True)
 class Added:
-    """How much a step changes the mean divergence, paired position by position; bootstrap, 95 %."""
+    """How much a step changes the mean divergence: paired, both sides on the same samples, which are what is drawn."""
 
     mean: float
     ci_low: float
@@ -82,8 +65,8 @@ class Step:
     name: str
     about: str
     role: str | None = None
-    cumulative: Kl | None = None
-    alone: Kl | None = None
+    cumulative: KlSummary | None = None
+    alone: KlSummary | None = None
     added: Added | None = None
     skipped: str | None = None
 
@@ -184,34 +167,18 @@ def summarise(chain: Chain, tally: Tally, preprocessing: str | None) -> Waterfal
         Step("preprocessing", "the runtime's pixels in place of the reference's own", skipped=preprocessing),
         *(Step(link.name, link.about, link.role, skipped=link.skipped) for link in chain.links),
     ]
-    before: Float64 | None = None
+    before: list[LogitErrors] | None = None
     done: list[Step] = []
     for step in steps:
         if step.skipped is not None or step.name not in tally.cumulative:
             done.append(step if step.skipped is not None else replace(step, skipped="no sample was measured"))
             continue
-        cumulative, alone = (LogitErrors.join(side[step.name]) for side in (tally.cumulative, tally.alone))
-        added = _added(cumulative.kl - (np.zeros_like(cumulative.kl) if before is None else before))
-        before = cumulative.kl
-        done.append(replace(step, cumulative=kl_of(cumulative), alone=kl_of(alone), added=added))
+        now = tally.cumulative[step.name]
+        cumulative, alone = summarize_kl(now), summarize_kl(tally.alone[step.name])
+        done.append(replace(step, cumulative=cumulative, alone=alone, added=_added(before, now)))
+        before = now
     parts = next(iter(tally.cumulative.values()), [])
     return Waterfall(len(parts), sum(part.kl.size for part in parts), tuple(done))
-
-
-def kl_of(errors: LogitErrors) -> Kl:
-    """What a report says of divergences."""
-    found = errors.metrics(0.0)
-    return Kl(
-        num_positions=found.count,
-        mean=found.kl_mean,
-        ci_low=found.kl_ci_low,
-        ci_high=found.kl_ci_high,
-        median=found.kl_median,
-        p99=found.kl_p99,
-        p999=found.kl_p999,
-        max=found.kl_max,
-        same_top1=found.same_top1,
-    )
 
 
 def reference_logits(reference: ReferenceModel, prepared: Prepared, forced_ids: Sequence[int]) -> Array:
@@ -265,10 +232,8 @@ def _float_graph(package: Package, role: str) -> Path | None:
     return None
 
 
-def _added(difference: Float64) -> Added:
-    if difference.size < 2 or not np.isfinite(difference).all():
-        return Added(float(difference.mean()) if difference.size else float("nan"), float("nan"), float("nan"))
-    random = np.random.default_rng(_SEED)
-    means = [difference[random.integers(0, difference.size, difference.size)].mean() for _ in range(_ROUNDS)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Added(float(difference.mean()), float(low), float(high))
+def _added(before: Sequence[LogitErrors] | None, now: Sequence[LogitErrors]) -> Added:
+    earlier = [0.0] * len(now) if before is None else [float(errors.kl.sum()) for errors in before]
+    differences = [float(errors.kl.sum()) - total for errors, total in zip(now, earlier, strict=True)]
+    found = ratio(np.array(differences), np.array([float(errors.kl.size) for errors in now]))
+    return Added(found.value, found.ci_low, found.ci_high)
