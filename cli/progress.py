@@ -1,4 +1,7 @@
-"""Progress of long work on stderr: a bar on a terminal, a plain line every tenth elsewhere (logs, pipes, CI)."""
+"""Progress of long work on stderr: a bar on a terminal, a plain line every tenth elsewhere (logs, pipes, CI).
+
+Both tell the time that is left, by the mean rate of the part of the work that is going on.
+"""
 
 import sys
 import time
@@ -12,6 +15,7 @@ _LINE_WIDTH = 79  # a longer line would wrap, and the next one could not go over
 _REDRAW_SECONDS = 0.1
 _LINE_STEPS = 10  # plain lines for a whole piece of work, at most
 _LINE_SECONDS = 1.0  # and one a second, at most, until it is done
+_LEFT_SECONDS = 2.0  # of work before what is left is told: the first steps are no rate yet
 
 
 class Progress:
@@ -28,7 +32,7 @@ class Progress:
         self.started = time.monotonic()
         self._shown_at = -_LINE_SECONDS
         self._drawn_width = 0
-        self._done = -1
+        self._part = _Part(0, 0, self.started)
         self._step = 0
         self._what = ""
 
@@ -48,6 +52,10 @@ class Progress:
         """Reports that `done` of `total` are finished. Raises ValueError where 0 <= done <= total does not hold."""
         if not 0 <= done <= total:
             raise ValueError(f"progress of {self.title}: {done} of {total}")
+        if total and (done < self._part.done or total != self._part.total):
+            self._part, self._step = _Part(done, total, time.monotonic()), 0
+        if total:
+            self._part.done = done
         if self.is_terminal:
             self._draw(done, total, what)
         elif total == 0:
@@ -62,7 +70,8 @@ class Progress:
         line = f"{self.title} {what}"
         if total:
             filled = round(done / total * _BAR_WIDTH)
-            line = f"{self.title} [{'#' * filled}{'.' * (_BAR_WIDTH - filled)}] {done / total:4.0%} {what}"
+            bar = "#" * filled + "." * (_BAR_WIDTH - filled)
+            line = f"{self.title} [{bar}] {done / total:4.0%} {self._part.left()}{what}"
         line = line[:_LINE_WIDTH]
         self.stream.write("\r" + line.ljust(self._drawn_width))
         self.stream.flush()
@@ -74,13 +83,33 @@ class Progress:
         self._what = what
 
     def _print_step(self, done: int, total: int, what: str) -> None:
-        if done < self._done:  # the next part of the work
-            self._step = 0
-        self._done = done
         now = time.monotonic()
         step = done * _LINE_STEPS // total
         if step == self._step or (done < total and now - self._shown_at < _LINE_SECONDS):
             return
         self._step, self._shown_at = step, now
         seconds = now - self.started
-        print(f"{self.title} {done / total:4.0%} {seconds:6.1f} s {what}".rstrip(), file=self.stream, flush=True)
+        text = f"{self.title} {done / total:4.0%} {seconds:6.1f} s {self._part.left()}{what}"
+        print(text.rstrip(), file=self.stream, flush=True)
+
+
+class _Part:
+    """A part of the work: where it began and where it is, in its own unit."""
+
+    def __init__(self, done: int, total: int, started: float) -> None:
+        self.first = self.done = done
+        self.total, self.started = total, started
+
+    def left(self) -> str:
+        """ "12 min left, ", or nothing where it is done or there is no rate yet."""
+        seconds = time.monotonic() - self.started
+        if self.done in (self.first, self.total) or seconds < _LEFT_SECONDS:
+            return ""
+        return f"{_duration(seconds / (self.done - self.first) * (self.total - self.done))} left, "
+
+
+def _duration(seconds: float) -> str:
+    """In the unit that a person would say it in: 42 s, 12 min, 3.5 h."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"

@@ -116,8 +116,7 @@ class _Search:
         wanted = [format for format in self._formats.values() if format.bits <= graph_floats]
         self.sizes = StoredSizes(roles.graphs, roles.sources, target, wanted)
         self.answers = Answers(roles, samples)
-        self._started = time.monotonic()
-        self.items = [self._item(number, group) for number, group in enumerate(self._groups)]
+        self.items = [self._item(number, group) for number, group in enumerate(groups)]
 
     def within_bytes(self, front: Front, max_bytes: int) -> tuple[Pick, list[torch.Tensor]]:
         """The pick with the least sum of losses in so many bytes, and its real losses."""
@@ -192,8 +191,7 @@ class _Search:
 
     def _tell(self, done: int, total: int, name: str) -> None:
         if self._progress is not None:
-            left = (time.monotonic() - self._started) / done * (total - done) if done else 0.0
-            self._progress(done, total, f"{left:.0f} s left, {name}" if done else name)
+            self._progress(done, total, name)
 
 
 def mean_and_bound(losses: Sequence[torch.Tensor]) -> tuple[float, float]:

@@ -237,6 +237,30 @@ def test_progress_of_short_parts_is_a_line_each(clock: list[float]) -> None:
     assert len(lines) <= 4
 
 
+def test_progress_tells_what_is_left_of_the_part_that_goes_on(clock: list[float]) -> None:
+    def line_of(done: int, total: int, seconds: float) -> str:
+        clock[0] += seconds
+        stream.truncate(0)
+        progress(done, total, "0007")
+        return stream.getvalue().strip()
+
+    stream = io.StringIO()
+    with Progress("validate", stream) as progress:
+        progress(100, 1100, "on record")
+        assert line_of(300, 1100, 1.0).endswith("s 0007"), "no rate yet"
+        assert line_of(500, 1100, 19.0).endswith("s 30 s left, 0007"), "600 at 20 a second"
+        assert line_of(600, 1100, 980.0).endswith("s 17 min left, 0007")
+        assert line_of(1100, 1100, 1.0).endswith("s 0007")
+        progress(0, 10, "another part")
+        assert line_of(2, 10, 3600.0).endswith("s 4.0 h left, 0007")
+    terminal = Terminal()
+    with Progress("validate", terminal) as progress:
+        progress(0, 4)
+        clock[0] += 9.0
+        progress(3, 4, "0007")
+    assert "75% 3 s left, 0007" in terminal.getvalue()
+
+
 @given(st.integers(0, 10**12), st.integers(0, 10**12))
 def test_progress_takes_any_sound_count_and_refuses_others(done: int, total: int) -> None:
     progress = Progress("x", io.StringIO())
