@@ -11,7 +11,7 @@ on from there as they will in use: later stages make up for the errors of earlie
 # PyTorch tells only some of its types.
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -21,14 +21,16 @@ from .awq import blocks_of, fold_factors, nearest_weight
 from .dynamic import dequantize_channels, quantize_channels
 from .folds import Fold
 from .found import FoundRole
-from .gptq import gptq_rows
-from .grid import best_grid
+from .gptq import Hessian, factorize, gptq_rows
+from .grid import Grid, best_grid, codes_by_rows
 from .hqq import hqq_rows
 from .recipe import WeightFormat
-from .rtn import Codes, Float32, dequantize_rows
+from .rtn import Codes, Float32, dequantize_rows, num_blocks
 
 __all__ = ["Stage", "quantize_stage"]
 
+_PRODUCT_ROWS = 1024  # of the sum of x x^T, added to at once
+_STRIP = 1 << 18  # values of a weight that awq's grids are searched for at once
 _SEARCH_ROWS = 2048  # rows that the search for factors runs through a stage, for each of its candidates
 
 
@@ -53,8 +55,58 @@ class _Inputs:
     """What the input of some linears was like, added up over all rows by their weights."""
 
     size: torch.Tensor  # sum of weight * |x|, [K]
-    hessian: torch.Tensor  # sum of weight * x x^T, [K, K]
+    # Sum of weight * x x^T: of all columns [1, K, K] for gptq, of blocks of columns [B, S, S] for awq.
+    products: torch.Tensor
     total: float = 0.0  # sum of weights
+    uses: set[tuple[bool, int]] = field(default_factory=set[tuple[bool, int]])  # to come: whether gptq's, block size
+    hessians: dict[int, Hessian] = field(default_factory=dict[int, Hessian])  # by block size
+
+    @classmethod
+    def of(cls, num_columns: int, span: int) -> "_Inputs":
+        """Nothing yet, for blocks of `span` columns."""
+        return cls(torch.zeros(num_columns), torch.zeros(num_blocks(num_columns, span), span, span))
+
+    def add(self, rows_TK: torch.Tensor, weights_T: torch.Tensor) -> None:
+        weighted = rows_TK * weights_T[:, None]
+        self.size += weighted.abs().sum(0)
+        self.total += float(weights_T.sum())
+        if len(self.products) > 1:
+            left, right = (blocks_of(x, self.products.shape[1]).transpose(0, 1) for x in (weighted, rows_TK))
+            self.products.baddbmm_(left.transpose(1, 2), right)
+            return
+        for start in range(0, len(self.size), _PRODUCT_ROWS):  # what lies below the diagonal follows from the rest
+            rows = slice(start, start + _PRODUCT_ROWS)
+            self.products[0, rows, start:].addmm_(weighted[:, rows].T, rows_TK[:, start:])
+
+    def complete(self) -> None:
+        """Fills in what lies below the diagonal, when all has been added."""
+        if len(self.products) == 1:
+            for start in range(0, len(self.size), _PRODUCT_ROWS):
+                stop = start + _PRODUCT_ROWS
+                self.products[0, stop:, start:stop] = self.products[0, start:stop, stop:].T
+
+    def divide(self, columns_K: torch.Tensor) -> None:
+        """By factors of the columns."""
+        self.size /= columns_K
+        num_beyond = self.products[..., 0].numel() - len(columns_K)
+        columns = torch.nn.functional.pad(columns_K, (0, num_beyond), value=1.0).view(len(self.products), -1)
+        self.products.div_(columns[:, :, None]).div_(columns[:, None])
+
+    def blocks(self, block_size: int) -> torch.Tensor:
+        """The products within each block, [B, S, S]."""
+        self.uses.discard((False, block_size))
+        found = torch.cat([_on_diagonal(part, block_size) for part in self.products])
+        return found[: num_blocks(len(self.size), block_size)]
+
+    def hessian(self, block_size: int, name: str) -> Hessian:
+        """Ready for gptq, found once for all linears; what was added up goes with the last use."""
+        if block_size not in self.hessians:
+            self.uses.discard((True, block_size))
+            held = [self.products[0].clone() if self.uses else self.products[0]]
+            if not self.uses:
+                self.products = torch.empty(0)
+            self.hessians[block_size] = factorize(held, block_size, name=name)
+        return self.hessians[block_size]
 
 
 def quantize_stage(
@@ -66,32 +118,37 @@ def quantize_stage(
 ) -> None:
     """Finds codes of every linear of the stage whose format is calibrated; `formats` are by the name of the weight."""
     with torch.no_grad():
-        needed = {name for name in stage.linears if name in formats and formats[name].is_calibrated}
+        needed = {name: [formats[name]] for name in stage.linears if name in formats and formats[name].is_calibrated}
         inputs = _observe(stage, needed)
         wanted = {name for name in needed if formats[name].method.startswith("awq")}
         folds = [fold for fold in folds if wanted.intersection(fold.readers) and _is_inside(fold, stage)]
-        output_error = _OutputError(stage) if folds else None
+        output_error = _OutputError(stage) if folds else None  # holds outputs
         for fold in folds:
             assert output_error is not None
             mean = _inputs_of(fold, inputs).size / max(_inputs_of(fold, inputs).total, 1e-12)
             factors_C = fold_factors(fold, stage.parameters, formats, mean, output_error)
             if factors_C is not None:
                 _fold(fold, factors_C, stage, inputs, found)
+        output_error = None
         for name in stage.linears:
             weight, format = stage.parameters[name], formats.get(name)
             if format is None or not format.is_quantized:
                 continue
             if name in needed:
-                codes = _find(weight.data, inputs[name], format, scale_dtype, name)
+                entry = inputs.pop(name)  # with the last of its readers it goes: it can be the largest thing here
+                codes = _find(weight.data, entry, format, scale_dtype, name)
+                del entry
                 found.add_codes(name, codes, format)
                 weight.data = torch.from_numpy(dequantize_rows(*codes, weight.shape[1]))
             else:
                 weight.data = _stands_for(weight.data, format)
 
 
-def _observe(stage: Stage, needed: set[str]) -> dict[str, _Inputs]:
+def _observe(stage: Stage, needed: Mapping[str, Sequence[WeightFormat]]) -> dict[str, _Inputs]:
     """Inputs of the needed linears, by the name of their weight; those that read one value share an entry."""
     inputs: dict[str, _Inputs] = {}
+    uses = {name: {("gptq" in each.method, each.block_size) for each in formats} for name, formats in needed.items()}
+    is_whole = any(whole for several in uses.values() for whole, _ in several)
     at_work = 0
     seen: list[tuple[torch.Tensor, _Inputs]] = []  # inputs of this sample, so that each is added once
 
@@ -100,14 +157,11 @@ def _observe(stage: Stage, needed: set[str]) -> dict[str, _Inputs]:
             if tensor is x and inputs.setdefault(name, entry) is entry:
                 return
         size = x.shape[-1]
-        entry = inputs.setdefault(name, _Inputs(torch.zeros(size), torch.zeros(size, size)))
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        weights = stage.row_weights(at_work, len(rows))
-        weighted = rows * weights[:, None]
-        entry.size += weighted.abs().sum(0)
-        entry.total += float(weights.sum())
-        entry.hessian.addmm_(weighted.T, rows)
-        seen.append((x, entry))
+        if name not in inputs:
+            inputs[name] = _Inputs.of(size, size if is_whole else max(block for _, block in uses[name]))
+        rows = x.reshape(-1, size).to(torch.float32)
+        inputs[name].add(rows, stage.row_weights(at_work, len(rows)))
+        seen.append((x, inputs[name]))
 
     def watcher(name: str) -> Callable[[torch.nn.Module, tuple[torch.Tensor, ...]], None]:
         return lambda _, inputs: watch(name, inputs[0])
@@ -121,8 +175,12 @@ def _observe(stage: Stage, needed: set[str]) -> dict[str, _Inputs]:
         seen.clear()
         for handle in handles:
             handle.remove()
-    missing = sorted(needed - inputs.keys())
+    missing = sorted(needed.keys() - inputs.keys())
     assert not missing, f"{missing[0]}: no sample went through it"
+    for name, entry in inputs.items():
+        if not entry.uses:
+            entry.complete()
+        entry.uses |= uses[name]
     return inputs
 
 
@@ -141,9 +199,7 @@ def _fold(fold: Fold, factors_C: torch.Tensor, stage: Stage, inputs: Mapping[str
     for name in fold.readers:
         stage.parameters[name].data *= columns
         _multiply(found.column_factors, name, columns)
-    entry = _inputs_of(fold, inputs)
-    entry.size /= columns
-    entry.hessian.div_(columns[:, None]).div_(columns)
+    _inputs_of(fold, inputs).divide(columns)
     for rows in fold.writers:
         parameter = stage.parameters[rows.parameter]
         inverse = torch.ones(len(parameter))
@@ -190,17 +246,21 @@ def _find(weight: torch.Tensor, inputs: _Inputs, format: WeightFormat, scale_dty
     """Codes of a weight by its method, factors being applied already."""
     dtype: torch.dtype = getattr(torch, scale_dtype)
     if "gptq" in format.method:
-        return gptq_rows(weight, inputs.hessian, format, scale_dtype=dtype, name=name)
-    blocks = blocks_of(weight, format.block_size)
-    grid = best_grid(blocks, format, _of_blocks(inputs.hessian, format.block_size), dtype)
-    codes = grid.round(blocks).to(torch.uint8).flatten(1).numpy()
-    return codes, grid.scales.numpy(), grid.zero_points.to(torch.uint8).numpy()
+        return gptq_rows(weight, inputs.hessian(format.block_size, name), format, scale_dtype=dtype, name=name)
+    importance = inputs.blocks(format.block_size)
+
+    def of_rows(rows: slice) -> tuple[torch.Tensor, Grid]:
+        blocks = blocks_of(weight[rows], format.block_size)
+        grid = best_grid(blocks, format, importance, dtype)
+        return grid.round(blocks).flatten(1), grid
+
+    return codes_by_rows(of_rows, weight.shape, format.block_size, _STRIP // weight.shape[1])
 
 
-def _of_blocks(hessian: torch.Tensor, block_size: int) -> torch.Tensor:
-    """What lies on the diagonal of H [K, K], block by block: [B, S, S]."""
-    missing = -len(hessian) % block_size
-    padded = torch.nn.functional.pad(hessian, (0, missing, 0, missing))
+def _on_diagonal(products: torch.Tensor, block_size: int) -> torch.Tensor:
+    """What lies on the diagonal of a matrix [K, K], block by block: [B, S, S]."""
+    missing = -len(products) % block_size
+    padded = torch.nn.functional.pad(products, (0, missing, 0, missing))
     blocks = padded.unflatten(0, (-1, block_size)).unflatten(2, (-1, block_size))
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 

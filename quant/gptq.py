@@ -2,10 +2,11 @@
 
 Dims: N rows, K columns (inputs), B blocks a row, S values a block.
 
-    minimise  tr(dW H dW^T),  dW = W - W_Q,  H [K, K] = sum of weight * x x^T over the calibration tokens
+    minimise  tr(dW H dW^T) = |dW L|^2,  dW = W - W_Q,  H [K, K] = sum of weight * x x^T over the tokens,  H = L L^T
 
-With H^-1 = U^T U, U upper triangular, rounding column k by the error e_k = dW_k / U_kk changes later columns by
--e_k U_k, and the sum of all e_k^2 is the error that is left.
+L is lower triangular, so that column k of dW L depends on columns k and later of dW alone: columns are worked on from
+the last to the first, each shifted so that it makes up for what the later ones err. (The paper goes from the first to
+the last by U = chol(H^-1): U turned about is the inverse of L, which is the same and need not be computed.)
 
 Order matters: columns with large activations go first, while there are others to take up their error. Blocks are taken
 in the order of their activations, and columns within a block; each block's scale is fixed when its turn comes. That is
@@ -15,116 +16,165 @@ a permutation of the work alone: codes are stored in their own places, and runni
 # pyright: standard
 # PyTorch tells only some of its types.
 
-import numpy as np
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
 from ..runtime.errors import CheckpointError
-from .grid import Grid, best_grid, nearest_grid
+from .grid import Grid, best_grid, codes_by_rows, nearest_grid
 from .recipe import WeightFormat
-from .rtn import Codes, num_blocks
+from .rtn import Codes
 
-__all__ = ["gptq_rows"]
+__all__ = ["Hessian", "factorize", "gptq_rows"]
 
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it, as in the authors' code
-_ROWS_AT_ONCE = 1 << 25  # values of a weight that are worked on at once
+_VALUES_AT_ONCE = 1 << 15  # of a block's rows: what PyTorch works on in one thread, and a core's cache holds
+_PANEL = 512  # columns whose shift by all later panels is one product of matrices
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """H of the inputs of some linears, ready for blocks of one size: L and the order of its columns.
+
+    `order` [B * S] gives the column of the weight by the place in L; those beyond K are padding.
+    """
+
+    L: torch.Tensor  # float32 [B * S, B * S], of H in that order, damped
+    order: torch.Tensor
+    damping: float
+    num_columns: int
+    block_size: int
+
+
+def factorize(held: list[torch.Tensor], block_size: int, *, name: str = "weight") -> Hessian:
+    """Of H float32 [K, K], taken out of the list: two of its size are in memory at once, and it may be large.
+
+    Raises CheckpointError naming `name` where a value is not finite.
+    """
+    H = held.pop()
+    if not bool(torch.isfinite(H.diagonal()).all()):
+        raise CheckpointError(f"{name}: its inputs hold NaN or infinity; mend the checkpoint")
+    num_columns = len(H)
+    missing = -num_columns % block_size
+    mean = float(H.diagonal().mean())
+    if missing:
+        H = torch.nn.functional.pad(H, (0, missing, 0, missing))
+    order = _order(H.diagonal(), block_size)
+    H = H[order]
+    for rows in H.split(max(1, _VALUES_AT_ONCE // block_size)):
+        rows.copy_(rows[:, order])
+    more = damping = _DAMPING * mean if mean > 0 else 1.0
+    H.diagonal().add_(more)
+    L, info = torch.linalg.cholesky_ex(H)
+    while int(info) > 0:  # float32 rounding can cost a nearly singular H its definiteness
+        more, damping = 9 * damping, 10 * damping
+        H.diagonal().add_(more)
+        L, info = torch.linalg.cholesky_ex(H)
+    return Hessian(L, order, damping, num_columns, block_size)
 
 
 def gptq_rows(
     W_NK: torch.Tensor,
-    H_KK: torch.Tensor,
+    hessian: Hessian,
     format: WeightFormat,
     *,
     scale_dtype: torch.dtype = torch.float32,
     name: str = "weight",
 ) -> Codes:
-    """Codes of W float32 [N, K] under H float32 [K, K]; H is used up.
+    """Codes of W float32 [N, K].
 
     A row never errs more, by H, than rounding to nearest: where it would, it is that. Raises CheckpointError naming
     `name` where a value is not finite.
     """
-    if not bool(torch.isfinite(W_NK).all()) or not bool(torch.isfinite(H_KK.diagonal()).all()):
-        raise CheckpointError(f"{name}: it or its inputs hold NaN or infinity; mend the checkpoint")
-    (N, K), S = W_NK.shape, format.block_size
-    B = num_blocks(K, S)
-    H = torch.zeros(B * S, B * S)
-    H[:K, :K] = H_KK
-    del H_KK
-    mean = float(H.diagonal()[:K].mean())
-    order = _order(H, S)
-    U = _inverse_factor(H[order][:, order], _DAMPING * mean if mean > 0 else 1.0)
-    codes = np.empty((N, B * S), np.uint8)
-    scales, zero_points = np.empty((N, B), np.float32), np.empty((N, B), np.uint8)
-    step = max(1, _ROWS_AT_ONCE // (B * S))
-    for rows in (slice(start, min(start + step, N)) for start in range(0, N, step)):
-        padded = torch.zeros(rows.stop - rows.start, B * S)
-        padded[:, :K] = W_NK[rows]
-        found, grid = _solve(padded[:, order], U, format, scale_dtype, order[::S] // S)
-        found = found[:, torch.argsort(order)]
-        plain = nearest_grid(padded.unflatten(1, (B, S)), format, scale_dtype)
-        _keep_better(padded, H, found, grid, plain)
-        codes[rows] = found.to(torch.uint8).numpy()
-        scales[rows], zero_points[rows] = grid.scales.numpy(), grid.zero_points.to(torch.uint8).numpy()
-    return codes, scales, zero_points
+    if not bool(torch.isfinite(W_NK).all()):
+        raise CheckpointError(f"{name}: holds NaN or infinity; mend the checkpoint")
+    assert (hessian.num_columns, hessian.block_size) == (W_NK.shape[1], format.block_size)
+    K, S = W_NK.shape[1], format.block_size
+
+    def of_rows(rows: slice) -> tuple[torch.Tensor, Grid]:
+        return _rows(torch.nn.functional.pad(W_NK[rows], (0, -K % S)), hessian, format, scale_dtype)
+
+    return codes_by_rows(of_rows, W_NK.shape, S, _VALUES_AT_ONCE // S)
 
 
-def _order(H: torch.Tensor, S: int) -> torch.Tensor:
-    """Columns in the order of work: blocks by their activations, largest first, and so the columns of each."""
-    energy_BS = H.diagonal().unflatten(0, (-1, S))
-    blocks = energy_BS.sum(-1).argsort(descending=True, stable=True)
-    within_BS = energy_BS.argsort(dim=-1, descending=True, stable=True)
+def _order(diagonal: torch.Tensor, S: int) -> torch.Tensor:
+    """The last is worked on first: blocks by their activations, smallest first, and so the columns of each."""
+    energy_BS = diagonal.unflatten(0, (-1, S))
+    blocks = energy_BS.sum(-1).argsort(stable=True)
+    within_BS = energy_BS.argsort(dim=-1, stable=True)
     return (blocks[:, None] * S + within_BS[blocks]).flatten()
 
 
-def _inverse_factor(H: torch.Tensor, damping: float) -> torch.Tensor:
-    """U upper triangular with H^-1 = U^T U; H is changed.
-
-    With H = R R^T, R upper triangular (a Cholesky factor of H turned about), U is the inverse of R: half the work of
-    inverting H first.
-    """
-    H.diagonal().add_(damping)
-    turned, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    while int(info) > 0:  # float32 rounding can cost a nearly singular H its definiteness
-        damping *= 10
-        H.diagonal().add_(damping)
-        turned, info = torch.linalg.cholesky_ex(H.flip(0, 1))
-    R = turned.flip(0, 1)
-    del turned
-    return torch.linalg.solve_triangular(R, torch.eye(len(R)), upper=True)
+def _rows(
+    padded: torch.Tensor, hessian: Hessian, format: WeightFormat, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, Grid]:
+    """Codes uint8 and the grid of some rows; rounding to nearest for those that err less by it."""
+    plain = nearest_grid(padded.unflatten(1, (-1, format.block_size)), format, scale_dtype)
+    nearest = plain.round(padded.unflatten(1, (-1, format.block_size)))
+    of_plain = (padded - plain.values(nearest).flatten(1))[:, hessian.order]
+    codes, grid, of_codes = _solve(padded[:, hessian.order], hessian, format, scale_dtype)
+    codes = codes[:, torch.argsort(hessian.order)]
+    worse = of_codes > _error(of_plain, hessian)
+    codes[worse] = nearest.flatten(1)[worse].to(torch.uint8)
+    grid.scales[worse], grid.zero_points[worse] = plain.scales[worse], plain.zero_points[worse]
+    return codes, grid
 
 
 def _solve(
-    W: torch.Tensor, U: torch.Tensor, format: WeightFormat, scale_dtype: torch.dtype, blocks: torch.Tensor
-) -> tuple[torch.Tensor, Grid]:
-    """Codes [N, B * S] in the order of work, and the grid in that of storage; `blocks` [B] is the order of blocks."""
-    N, S = len(W), format.block_size
-    codes = torch.empty_like(W)
-    scales, zero_points = torch.empty(N, len(blocks)), torch.empty(N, len(blocks))
-    top = 2**format.bits - 1
-    for turn, block in enumerate(blocks.tolist()):
-        span = slice(turn * S, (turn + 1) * S)
-        values, diagonal = W[:, span], U.diagonal()[span]
-        grid = best_grid(values[:, None], format, diagonal.pow(-2)[None], scale_dtype)
-        scales[:, block], zero_points[:, block] = grid.scales[:, 0], grid.zero_points[:, 0]
-        scale, zero = grid.scales[:, 0], grid.zero_points[:, 0]
-        errors = torch.empty(N, S)
-        U_SS = U[span, span]
-        for column in range(S):
-            value = values[:, column]
-            code = (torch.round(value / scale) + zero).clamp_(0, top)
-            codes[:, turn * S + column] = code
-            error = (value - (code - zero) * scale) / diagonal[column]
-            errors[:, column] = error
-            values[:, column:] -= error[:, None] * U_SS[column, column:]
-        W[:, span.stop :] -= errors @ U[span, span.stop :]
-    return codes, Grid(scales, zero_points, top)
+    W: torch.Tensor, hessian: Hessian, format: WeightFormat, scale_dtype: torch.dtype
+) -> tuple[torch.Tensor, Grid, torch.Tensor]:
+    """Codes uint8 [N, B * S] in the order of work, the grid in that of storage, and the error of each row by H [N].
+
+    W [N, B * S] in the order of work is used up: what is left of it is dW.
+    """
+    (N, width), S, L = W.shape, format.block_size, hessian.L
+    codes = torch.empty(N, width, dtype=torch.uint8)
+    scales, zero_points = torch.empty(N, width // S), torch.empty(N, width // S)
+    total = torch.zeros(N)
+    blocks = (hessian.order[::S] // S).tolist()
+    for panel in _backwards(width, _PANEL):
+        shift = W[:, panel.stop :] @ L[panel.stop :, panel]
+        for inside in _backwards(panel.stop - panel.start, S):
+            span = slice(panel.start + inside.start, panel.start + inside.stop)
+            later = slice(span.stop, panel.stop)
+            # Shifted, the block would make up for all that later ones err, if it were not rounded.
+            U = torch.linalg.solve_triangular(L[span, span], torch.eye(S), upper=False)
+            values = torch.addmm(W[:, span], shift[:, inside] + W[:, later] @ L[later, span], U)
+            grid = best_grid(values[:, None], format, L.diagonal()[span].square()[None], scale_dtype)
+            block = blocks[span.start // S]
+            scales[:, block], zero_points[:, block] = grid.scales[:, 0], grid.zero_points[:, 0]
+            found, error = _round_block(values.T.contiguous(), U, grid)
+            codes[:, span] = found.T
+            W[:, span] -= ((found - grid.zero_points[:, 0]) * grid.scales[:, 0]).T
+            total += error
+    total -= hessian.damping * W.square().sum(1)
+    return codes, Grid(scales, zero_points, 2**format.bits - 1), total
 
 
-def _keep_better(W: torch.Tensor, H: torch.Tensor, codes: torch.Tensor, grid: Grid, plain: Grid) -> None:
-    """Puts rounding to nearest, in place, where a row errs less by it."""
-    blocks = (len(grid.scales[0]), -1)
-    nearest = plain.round(W.unflatten(1, blocks))
-    of_codes = W - grid.values(codes.unflatten(1, blocks)).flatten(1)
-    of_plain = W - plain.values(nearest).flatten(1)
-    worse = ((of_codes @ H) * of_codes).sum(1) > ((of_plain @ H) * of_plain).sum(1)
-    codes[worse] = nearest.flatten(1)[worse]
-    grid.scales[worse], grid.zero_points[worse] = plain.scales[worse], plain.zero_points[worse]
+def _round_block(values_SN: torch.Tensor, U: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [S, N] of a block, and what each row errs [N]; values are used up."""
+    scale, zero = grid.scales[:, 0], grid.zero_points[:, 0]
+    inverse = U.diagonal().reciprocal().tolist()
+    codes, total = torch.empty_like(values_SN), torch.zeros_like(scale)
+    for column in range(len(U) - 1, -1, -1):
+        value = values_SN[column]
+        code = torch.div(value, scale, out=codes[column]).round_().add_(zero).clamp_(0, grid.top)
+        error = value.sub_((code - zero).mul_(scale)).mul_(inverse[column])
+        total.addcmul_(error, error)
+        values_SN[:column].addr_(U[column, :column], error, alpha=-1)
+    return codes, total
+
+
+def _error(dW: torch.Tensor, hessian: Hessian) -> torch.Tensor:
+    """The error of each row by H without its damping, [N]."""
+    total = -hessian.damping * dW.square().sum(1)
+    for panel in _backwards(dW.shape[1], _PANEL):
+        total += (dW[:, panel.start :] @ hessian.L[panel.start :, panel]).square_().sum(1)
+    return total
+
+
+def _backwards(width: int, step: int) -> Iterator[slice]:
+    """Slices of `step`, the last one first; a shorter one is the first."""
+    for stop in range(width, 0, -step):
+        yield slice(max(0, stop - step), stop)

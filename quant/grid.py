@@ -9,13 +9,17 @@ better than that of rounding to nearest.
 # pyright: standard
 # PyTorch tells only some of its types.
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .recipe import WeightFormat
+from .rtn import Codes, num_blocks
 
-__all__ = ["Grid", "best_grid", "nearest_grid"]
+__all__ = ["Grid", "best_grid", "codes_by_rows", "nearest_grid"]
 
 _NUM_SHRINKS = 12
 _SHRINK_STEP = 0.05  # the smallest scale tried is 0.4 of that which covers the block
@@ -60,6 +64,32 @@ def nearest_grid(
     zero_points = torch.round(-low / scales).clamp_(0, top)
     zero_points[is_zero] = 0
     return Grid(scales, zero_points, top)
+
+
+def codes_by_rows(
+    find: Callable[[slice], tuple[torch.Tensor, Grid]], shape: Sequence[int], block_size: int, num_rows: int
+) -> Codes:
+    """Codes of a weight [N, K], `num_rows` rows at a time on all cores: those that `find` gives, [., B * S], and grids.
+
+    Rows do not depend on one another. A thread to each strip waits for nobody, where threads within each of PyTorch's
+    many small operations would wait for one another at the end of every one.
+    """
+    (N, K), step = shape, max(1, num_rows)
+    B = num_blocks(K, block_size)
+    codes = np.empty((N, B * block_size), np.uint8)
+    scales, zero_points = np.empty((N, B), np.float32), np.empty((N, B), np.uint8)
+
+    def strip(start: int) -> None:
+        rows = slice(start, min(start + step, N))
+        with torch.no_grad():  # which is said thread by thread
+            found, grid = find(rows)
+        codes[rows] = found.to(torch.uint8).numpy()
+        scales[rows], zero_points[rows] = grid.scales.numpy(), grid.zero_points.to(torch.uint8).numpy()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(strip, range(0, N, step)):
+            pass
+    return codes, scales, zero_points
 
 
 def best_grid(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vlmport.quant.gptq import gptq_rows
+from vlmport.quant.gptq import factorize, gptq_rows
 from vlmport.quant.grid import best_grid, nearest_grid
 from vlmport.quant.hqq import hqq_rows
 from vlmport.quant.recipe import WeightFormat, load_recipe, with_method
@@ -111,7 +111,7 @@ def test_gptq(shape: tuple[int, int], bits: int, block_size: int, symmetric: boo
     format = WeightFormat(bits, block_size, symmetric)
     weight = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     H = hessian(shape[1], 2)
-    codes = gptq_rows(torch.from_numpy(weight), torch.from_numpy(H).float(), format)
+    codes = gptq_rows(torch.from_numpy(weight), factorize([torch.from_numpy(H).float()], block_size), format)
     check_range = 2**bits
     assert codes[0].max() < check_range
     assert codes[2].max() < check_range
@@ -128,15 +128,17 @@ def test_gptq(shape: tuple[int, int], bits: int, block_size: int, symmetric: boo
 def test_gptq_without_activations_is_rounding_to_nearest() -> None:
     weight = np.random.default_rng(1).standard_normal((5, 64)).astype(np.float32)
     format = WeightFormat(4)
-    codes = gptq_rows(torch.from_numpy(weight), torch.zeros(64, 64), format)
+    codes = gptq_rows(torch.from_numpy(weight), factorize([torch.zeros(64, 64)], 32), format)
     check_bound(weight, codes, format)
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
     weight = torch.ones(2, 32)
     weight[1, 3] = torch.nan
-    with pytest.raises(CheckpointError, match=r"down\.weight: it or its inputs hold NaN"):
-        gptq_rows(weight, torch.eye(32), WeightFormat(4), name="down.weight")
+    with pytest.raises(CheckpointError, match=r"down\.weight: holds NaN"):
+        gptq_rows(weight, factorize([torch.eye(32)], 32), WeightFormat(4), name="down.weight")
+    with pytest.raises(CheckpointError, match=r"down\.weight: its inputs hold NaN"):
+        factorize([torch.full((32, 32), torch.nan)], 32, name="down.weight")
     with pytest.raises(CheckpointError, match=r"down\.weight: holds NaN"):
         hqq_rows(weight.numpy(), WeightFormat(4), name="down.weight")
 
