@@ -4,6 +4,7 @@ Values are random bytes' worth of a small normal distribution; what is tested wi
 answers.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,6 +19,36 @@ from vlmport.export.family import TensorRef, family_of
 GOLDENS = Path(__file__).parent / "goldens"
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 ROWS = 4096  # written at once
+
+
+def edited(config: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy with the value at a dotted path replaced, or taken out where it is None."""
+    copied: dict[str, Any] = copy.deepcopy(dict(config))
+    *parents, last = path.split(".")
+    place = copied
+    for parent in parents:
+        place = place.setdefault(parent, {})
+    place[last] = value
+    if value is None:
+        del place[last]
+    return copied
+
+
+def with_fields(config: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy with fields set; "a__b" is a field of a part, and None is null."""
+    copied: dict[str, Any] = copy.deepcopy(dict(config))
+    for path, value in changes.items():
+        *parts, name = path.split("__")
+        place = copied
+        for part in parts:
+            place = place[part]
+        place[name] = value
+    return copied
+
+
+def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
+    """config.json of a checkpoint, with fields set."""
+    return with_fields(json.loads((folder / "config.json").read_text(encoding="utf-8")), **changes)
 
 
 def tensors_of(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -1,10 +1,10 @@
 """What a checkpoint's JSON asks for is done or refused in one line that names the field; nothing is guessed over."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from checkpoints import edited
 
 from vlmport.export.documents import generation_defaults
 from vlmport.export.family import families, load_family
@@ -20,19 +20,6 @@ WITH_MERGE_BLOCKS = [
 # Published files leave the field out, and transformers' default stands for it.
 DEFAULTED = {("llava", "rms_norm_eps")}
 GEOMETRY = PatchGeometry(channels=3, patch_size=14, merge_size=2, num_frames=2)
-
-
-def edited(config: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with the value at a dotted path replaced, or taken out where it is None."""
-    copied: dict[str, Any] = copy.deepcopy(dict(config))
-    *parents, last = path.split(".")
-    place = copied
-    for parent in parents:
-        place = place.setdefault(parent, {})
-    place[last] = value
-    if value is None:
-        del place[last]
-    return copied
 
 
 def at_text(config: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import config_of
 from safetensors.numpy import load_file, save_file
 
 from vlmport.export.checkpoint import Checkpoint
@@ -21,18 +22,6 @@ GOLDENS = Path(__file__).parent / "goldens" / "llava"
 HF, FULL, SIGLIP, FIRST = (
     GOLDENS / name for name in ("tiny_a_clip", "tiny_b_full", "tiny_c_siglip", "tiny_d_first_release")
 )
-
-
-def config_of(folder: Path, **changes: Any) -> dict[str, Any]:
-    """config.json with fields set; "a.b" is a field of a part, and None takes it out."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    for path, value in changes.items():
-        *parts, name = path.split("__")
-        where = config
-        for part in parts:
-            where = where[part]
-        where[name] = value
-    return config
 
 
 def documents_of(folder: Path, **changes: Any) -> dict[str, Any]:

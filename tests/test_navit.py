@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import edited
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_configs import edited
 
 from vlmport.cli.main import main
 from vlmport.export.build import export_checkpoint

@@ -1,7 +1,6 @@
 """NVLM-D: there are no golden cases, so a whole package is held against transformers' InternVL with the same weights,
 and what InternVL has not (added heads, tiles by ratio, tags) against upstream's formulas."""
 
-import copy
 import json
 import math
 import re
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import with_fields, write_checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -48,23 +47,13 @@ SPEC = ImageSpec(
 )
 
 
-def config_of(**changes: Any) -> dict[str, Any]:
-    """The tiny config with fields set; "a__b" is a field of a part."""
-    config = copy.deepcopy(dict(FAMILY.tiny_config))
-    for path, value in changes.items():
-        *parts, name = path.split("__")
-        where = config
-        for part in parts:
-            where = where[part]
-        where[name] = value
-    return config
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights, but for added heads of zeros; the projector is inside as wide as the decoder, as InternVL's."""
     folder = tmp_path_factory.mktemp("nvlm") / "checkpoint"
-    write_checkpoint(folder, config_of(llm_config__vocab_size=448, llm_config__intermediate_size=64))
+    write_checkpoint(
+        folder, with_fields(FAMILY.tiny_config, llm_config__vocab_size=448, llm_config__intermediate_size=64)
+    )
     tensors = load_file(folder / "model.safetensors")
     for name, values in tensors.items():
         if name.endswith("attn.qkv.weight"):
@@ -94,7 +83,7 @@ def internvl(checkpoint: Path) -> Any:
         attention_bias=False,
         layer_norm_eps=1e-6,
     )
-    text = Qwen2Config(**{**config_of()["llm_config"], "vocab_size": 448, "intermediate_size": 64})
+    text = Qwen2Config(**{**with_fields(FAMILY.tiny_config)["llm_config"], "vocab_size": 448, "intermediate_size": 64})
     config = InternVLConfig(
         vision_config=vision,
         text_config=text,
@@ -307,9 +296,9 @@ def test_fillers_that_do_not_stand_together_are_refused(package: Path) -> None:
 )
 def test_what_is_not_supported_is_told_by_name(changes: dict[str, Any], words: str) -> None:
     documents = {"tokenizer.json": {"added_tokens": [{"id": 1, "content": "<|im_end|>"}]}}
-    assert FAMILY.manifest(config_of(), documents).generation
+    assert FAMILY.manifest(with_fields(FAMILY.tiny_config), documents).generation
     with pytest.raises(CheckpointError, match=f"config.json: .*{words}"):
-        FAMILY.manifest(config_of(**changes), documents)
+        FAMILY.manifest(with_fields(FAMILY.tiny_config, **changes), documents)
 
 
 def test_a_manifest_that_does_not_fit_is_refused() -> None:

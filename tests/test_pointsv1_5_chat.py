@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import write_checkpoint
+from checkpoints import config_of, write_checkpoint
 from safetensors.torch import load_file
 from torch.nn import functional
 
@@ -29,7 +29,7 @@ from vlmport.validate import eager
 from vlmport.validate.eager import EagerReference, eager_modules
 from vlmport.validate.gates import default_gates
 from vlmport.validate.golden import load_golden
-from vlmport.validate.run import validate_golden
+from vlmport.validate.run_golden import validate_golden
 
 GOLDENS = Path(__file__).parent / "goldens" / "points1_5"
 FUSED, PLAIN = GOLDENS / "tiny_a_custom_llama", GOLDENS / "tiny_b_qwen2"
@@ -69,10 +69,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def fused_config(**changes: Any) -> dict[str, Any]:
     llm = {name: value for name, value in {**TINY_FUSED, **changes}.items() if value is not None}
     return {**copy.deepcopy(FAMILY.tiny_config), "llm_config": llm}
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 # The decoder of the fused layout

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import config_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,10 +21,6 @@ from vlmport.runtime.package import Package
 
 GOLDENS = Path(__file__).parent / "goldens" / "points1_5"
 FUSED, PLAIN = GOLDENS / "tiny_a_custom_llama", GOLDENS / "tiny_b_qwen2"
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 # Prompts

@@ -4,9 +4,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from checkpoints import config_of
 
 from vlmport.cli.main import main
 from vlmport.runtime.errors import CheckpointError
@@ -14,10 +14,6 @@ from vlmport.validate.reference import load_reference
 
 GOLDENS = Path(__file__).parent / "goldens" / "points1_5"
 FUSED, PLAIN = GOLDENS / "tiny_a_custom_llama", GOLDENS / "tiny_b_qwen2"
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 REMOTE_CODE = """

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from ..layers import BlockRunner, Linear
-from ..layers.attention import segment_attention, segment_cross_attention
+from ..layers.attention import segment_cross_attention
+from ..layers.clip import TowerLayer
 from ..layers.semantic import float_constant
 
 __all__ = ["RESAMPLER_HEAD", "Resampler", "ResamplerConfig", "VisionConfig", "VisionEncoder", "position_waves"]
@@ -50,43 +51,6 @@ class ResamplerConfig:
         return self.width // RESAMPLER_HEAD
 
 
-class VisionAttention(nn.Module):
-    """Bidirectional attention within tiles, x [N, C]."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            Linear(config.width, config.width, bias=True) for _ in range(4)
-        )
-
-    def forward(self, x_NC: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        query, key, value = self.q_proj(x_NC), self.k_proj(x_NC), self.v_proj(x_NC)
-        return self.out_proj(segment_attention(query, key, value, cu_seqlens, self.num_heads))
-
-
-class VisionMLP(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.fc1 = Linear(config.width, config.inner, bias=True)
-        self.fc2 = Linear(config.inner, config.width, bias=True)
-
-    def forward(self, x_NC: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(x_NC), approximate="tanh"))
-
-
-class VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.self_attn = VisionAttention(config)
-        self.layer_norm1, self.layer_norm2 = (nn.LayerNorm(config.width, config.eps) for _ in range(2))
-        self.mlp = VisionMLP(config)
-
-    def forward(self, x_NC: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-        x_NC = x_NC + self.self_attn(self.layer_norm1(x_NC), cu_seqlens)
-        return x_NC + self.mlp(self.layer_norm2(x_NC))
-
-
 class VisionEmbeddings(nn.Module):
     """Patches [N, 3*p*p] and rows of the position table int64 [N] -> [N, C]."""
 
@@ -110,7 +74,10 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
-        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            TowerLayer(config.width, config.inner, config.num_heads, config.eps, "gelu_pytorch_tanh")
+            for _ in range(config.num_layers)
+        )
         self.post_layernorm = nn.LayerNorm(config.width, config.eps)
 
     def forward(
