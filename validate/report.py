@@ -21,9 +21,7 @@ from typing import Any, Literal
 from ..runtime.package import MANIFEST_NAME, Package, file_entry
 from .compare import Comparison, NotCompared, StageRow
 from .gates import GateTable, Outcome, worst
-from .inputs import GivenInputs, InputProof, rolled_up
 from .intervals import Ratio
-from .report_text import markdown
 from .statistics import Statistics
 
 __all__ = [

@@ -24,12 +24,13 @@ from ..runtime.model import Model
 from ..runtime.prepare import Prepared
 from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json
+from .compare import Comparison, compare_logits
 from .intervals import Ratio, ratio
+from .reference import ReferenceRun
 from .report import TaskScore
 from .samples import Sample
 from .scorers import SCORERS, Scorer
 from .stages import logits_without_cache
-from .statistics import Ratio, ratio
 
 __all__ = [
     "ANSWER_STAGE",
