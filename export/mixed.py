@@ -6,7 +6,6 @@ lowered as a whole; and samples that took no part in it tell whether the promise
 """
 
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -116,7 +115,7 @@ class _Search:
         wanted = [format for format in self._formats.values() if format.bits <= graph_floats]
         self.sizes = StoredSizes(roles.graphs, roles.sources, target, wanted)
         self.answers = Answers(roles, samples)
-        self.items = [self._item(number, group) for number, group in enumerate(groups)]
+        self.items = [self._item(number, group) for number, group in enumerate(self._groups)]
 
     def within_bytes(self, front: Front, max_bytes: int) -> tuple[Pick, list[torch.Tensor]]:
         """The pick with the least sum of losses in so many bytes, and its real losses."""
