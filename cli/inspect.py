@@ -1,20 +1,23 @@
-"""`vlmport inspect`: what a package holds, told from its manifest alone.
+"""`vlmport inspect`: what a package holds, and whether its last verdict is of these bytes.
 
-No graph is loaded and no weight is read, so it takes a moment for a package of any size and needs the runtime only.
+No graph is loaded, and no weight is read that was not written after the report, so it takes a moment for a package of
+any size and needs the runtime only. With --report every file that was judged is read.
 With --placement it loads the graphs and tells instead where their nodes run (placement.py).
 """
 
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from ..runtime.errors import InputError, PackageError
 from ..runtime.manifest import GraphFile, Source, TensorInfo
-from ..runtime.package import MANIFEST_NAME, Package, file_entry
+from ..runtime.package import Package
 from ..runtime.schema import to_json
+from ..validate.judged import changed_since
 from .placement import placement
 from .placement import render as render_placement
 from .table import table
@@ -42,7 +45,7 @@ class VariantContents:
 
     size: int
     graphs: dict[str, GraphContents]  # by role
-    parity: str  # outcome of the last validation, or "not validated", or "out of date"
+    parity: str  # outcome of the last validation, or "not validated", or "out of date" and which files changed since
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--placement", action="store_true", help="tell which provider runs which nodes, and why some are on the CPU"
     )
     parser.add_argument("--variant", metavar="V", help="with --placement: of this variant alone")
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        type=Path,
+        help="a report.json: does its verdict hold for these bytes? Reads every file (default: the package's own copy)",
+    )
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -78,14 +87,17 @@ def execute(args: argparse.Namespace) -> int:
         return 0
     if args.variant is not None:
         raise InputError("--variant: means nothing without --placement, as all variants are told of; leave it out")
-    found = contents(package)
+    found = contents(package, args.report)
     print(json.dumps(to_json(found), indent=2, ensure_ascii=False) if args.json else render(found))
     return 0
 
 
-def contents(package: Package) -> Contents:
-    """Gathers what the manifest of `package` tells. Reads no graph."""
-    manifest, parity = package.manifest, _last_parity(package)
+def contents(package: Package, report: Path | None = None) -> Contents:
+    """Gathers what the manifest of `package` tells. Reads no graph, unless it was written after the last report.
+
+    report: a report.json to tell the outcome of, in place of the package's own copy of the last one.
+    """
+    manifest, parity = package.manifest, _last_parity(package, report)
     variants = {
         name: VariantContents(
             size=package.size(name),
@@ -120,23 +132,36 @@ def _graph(package: Package, graph: GraphFile) -> GraphContents:
     )
 
 
-def _last_parity(package: Package) -> dict[str, str]:
-    """Outcome by variant of the last validation, as far as it was of these very bytes.
+def _last_parity(package: Package, file: Path | None) -> dict[str, str]:
+    """Outcome by variant of a validation, as far as it was of these very bytes.
 
-    Raises PackageError where parity/report.json is not a report.
+    Of the package's own copy of a report, what was written since is read; of another `file`, everything. Raises
+    PackageError where the file is not a report.
     """
-    file = package.path / "parity" / "report.json"
-    if not file.is_file():
+    own = package.path / "parity" / "report.json"
+    since = own.stat().st_mtime_ns if file is None and own.is_file() else None
+    if file is None and since is None:
         return {}
+    file = file or own
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
         outcomes = {str(variant["name"]): str(variant["outcome"]) for variant in report["variants"]}
-        mode, of_manifest = str(report["mode"]), str(report["package"]["manifest_sha256"])
+        mode, judged = str(report["mode"]), {str(k): str(v) for k, v in dict(report["package"]["files"]).items()}
+    except FileNotFoundError:
+        raise InputError(f"--report {file}: there is no such file") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PackageError(f"{file}: not a report ({error!r}); run `vlmport validate` again") from error
-    if of_manifest != file_entry(package.path / MANIFEST_NAME).sha256:
-        return dict.fromkeys(outcomes, "out of date")
-    return {name: f"{outcome} ({mode})" for name, outcome in outcomes.items()}
+    return {
+        name: _told(outcome, mode, changed_since(package, name, judged, since))
+        for name, outcome in outcomes.items()
+        if name in package.manifest.variants
+    }
+
+
+def _told(outcome: str, mode: str, changed: Sequence[str]) -> str:
+    if not changed:
+        return f"{outcome} ({mode})"
+    return f"out of date, was {outcome} ({mode}); changed since: {', '.join(changed)}"
 
 
 def render(found: Contents) -> str:

@@ -1,30 +1,24 @@
 """`vlmport validate`: how far a package is from its reference, stage by stage, by the gates.
 
-Against the checkpoint in PyTorch (--reference), on built-in samples or a task folder, or against golden folders
-(--golden). Prints a table, writes report.json, report.md and report.html, exits with 1 when a gate fails or nothing was
-compared.
+Against the checkpoint in PyTorch (--reference) or another package or variant (--against), on built-in samples or a task
+folder, or against golden folders (--golden). Prints a table, writes report.json, report.md and report.html, exits with
+1 when a gate fails or nothing was compared.
 """
 
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import InputError
-from ..runtime.package import Package
+from ..runtime.package import MANIFEST_NAME, Package, file_entry
 from ..validate.compare import StageRow
 from ..validate.gates import default_gates, load_gates
-from ..validate.report import (
-    Report,
-    VariantReport,
-    manifest_sha256,
-    report_json,
-    task_lines,
-    task_showcase,
-    versions,
-    write_report,
-)
+from ..validate.judged import hash_task
+from ..validate.report import Report, VariantReport, report_json, versions, write_report
+from ..validate.report_text import inputs_line, reference_name, task_lines, task_showcase
 from .progress import Progress
 from .table import table
 
@@ -40,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     against = parser.add_mutually_exclusive_group(required=True)
     against.add_argument("--reference", metavar="CHECKPOINT", type=Path, help="checkpoint to run in PyTorch")
     against.add_argument("--golden", metavar="DIR", type=Path, help="golden folder, or a folder of golden folders")
+    against.add_argument(
+        "--against",
+        metavar="PACKAGE[:V]",
+        help="variant V (default: the first) of a package, or of this one: no PyTorch",
+    )
     parser.add_argument(
         "--variant",
         metavar="V",
@@ -47,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         help="variants (default: all, or the first of a package with --golden)",
     )
-    parser.add_argument("--task", metavar="DIR", type=Path, help="with --reference: task folder, for exact match")
+    parser.add_argument("--task", metavar="DIR", type=Path, help="task folder: questions and answers of your own")
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -55,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--report", metavar="DIR", type=Path, default=_FOLDER, help=f"default: {_FOLDER}")
     parser.add_argument("--gates", metavar="FILE", type=Path, help="TOML that replaces limits of the built-in table")
-    parser.add_argument("--limit", metavar="N", type=int, help="with --reference: the first N samples alone")
+    parser.add_argument(
+        "--limit", metavar="N", type=int, help="with --reference or --against: the first N samples alone"
+    )
     parser.add_argument(
         "--bisect", action="store_true", help="with --reference: name the first operator that leaves its tolerance"
     )
@@ -67,22 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> int:
+    _check(args)
     package = Package.open(args.package)
     default = [package.variant().name] if args.golden is not None else package.manifest.variants
     variants = tuple(package.variant(name).name for name in dict.fromkeys(args.variant or default))
-    if args.task is not None and args.reference is None:
-        raise InputError("--task: answers are compared with those of a reference; add --reference CHECKPOINT")
-    if args.trust_remote_code and args.reference is None:
-        raise InputError("--trust-remote-code: runs the code of a reference; add --reference CHECKPOINT")
-    for option in ("limit", "bisect", "no_sweep", "no_insides"):
-        if getattr(args, option) and args.reference is None:
-            raise InputError(f"--{option.replace('_', '-')}: is about a reference; add --reference CHECKPOINT")
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit} is not at least 1")
     gates = default_gates() if args.gates is None else load_gates(args.gates)
     with Progress("validate") as progress:
         if args.golden is not None:
             report = _golden(package, args.golden, variants, gates, progress)
+        elif args.against is not None:
+            report = _against(package, args, variants, gates, progress)
         else:
             report = _reference(package, args, variants, gates, progress)
     if report is None:
@@ -98,6 +93,19 @@ def execute(args: argparse.Namespace) -> int:
                 print(f"{variant.name}, {_first_fault(variant.bisect)}")
         print(f"\n{report.outcome}: report in {', '.join(map(str, files))}")
     return 1 if report.outcome == "FAIL" else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises InputError for options that do not go together."""
+    if args.golden is not None and args.task is not None:
+        raise InputError("--task: golden folders have questions of their own; use it with --reference or --against")
+    if args.golden is not None and args.limit is not None:
+        raise InputError("--limit: golden folders are compared whole; use it with --reference or --against")
+    for option in ("trust_remote_code", "bisect", "no_sweep", "no_insides"):
+        if getattr(args, option) and args.reference is None:
+            raise InputError(f"--{option.replace('_', '-')}: is about PyTorch; add --reference CHECKPOINT")
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} is not at least 1")
 
 
 def render(report: Report) -> str:
@@ -126,7 +134,7 @@ def _first_fault(bisection: Mapping[str, Any]) -> str:
 def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, progress: Progress) -> Report | None:
     """None where none of several golden folders is of this package's checkpoint."""
     from ..validate.golden import find_goldens, load_golden  # needs safetensors, which the runtime does not
-    from ..validate.run import made_from, validate_golden
+    from ..validate.run_golden import made_from, validate_golden
 
     folders = find_goldens(root)
     if len(folders) > 1:
@@ -140,42 +148,89 @@ def _reference(
     package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress
 ) -> Report:
     from ..validate.insides import Plan  # needs torch and transformers
-    from ..validate.journal import Journal, digest_of
     from ..validate.reference import load_reference
     from ..validate.run import validate_reference
-    from ..validate.samples import built_in_samples
-    from ..validate.shards import JOURNAL_TYPES
-    from ..validate.tasks import load_task, task_samples
 
-    checkpoint, folder = args.reference, args.task
+    checkpoint = args.reference
     plan = None if args.no_insides else Plan(sweep=not args.no_sweep, bisect=args.bisect)
     if "decoder" not in package.manifest.roles:
-        if folder is not None:
-            raise InputError(f"--task: {package.path} has no decoder, so it answers no questions; leave it out")
         if args.trust_remote_code:
             raise InputError("--trust-remote-code: this package is compared with modules of its family; leave it out")
+        _refuse_task(package, args.task)
         return _images_reference(package, checkpoint, variants, gates, progress, plan)
-    task = None if folder is None else load_task(folder)
-    if task is None or folder is None:
-        samples = built_in_samples(package.manifest)
-    else:
-        samples = task_samples(task, folder)
-    samples = samples[: args.limit]
+    samples, task = _samples(package, args)
     reference = load_reference(checkpoint, trust_remote_code=args.trust_remote_code)
-    depends = {
-        "package": manifest_sha256(package),
-        "checkpoint": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(checkpoint.iterdir())],
-        "samples": [[sample.id, list(sample.messages), sample.max_new_tokens] for sample in samples],
-        "task": None if task is None else [task.name, str(folder)],
-        "margins": dict(gates.tie_margin),
-        "code": [reference.origin, versions()],
-    }
-    with Journal(args.report / "unfinished", digest_of(depends), JOURNAL_TYPES) as journal:
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.iterdir())]
+    with _journal(package, args, samples, gates, {"checkpoint": files, "origin": reference.origin}) as journal:
         report = validate_reference(
             package, checkpoint, reference, samples, task, variants, gates, progress, journal, plan
         )
         journal.remove()
-    return report
+    return report if args.task is None else replace(report, task_files=hash_task(args.task))
+
+
+def _against(
+    package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress
+) -> Report:
+    from ..runtime.model import Model
+    from ..validate.against import open_other
+    from ..validate.run import validate_against
+    from ..validate.run_images import validate_images_against
+
+    other, name = open_other(args.against)
+    if ("decoder" in package.manifest.roles) != ("decoder" in other.manifest.roles):
+        raise InputError(f"--against {args.against}: one of the two packages has no decoder; they answer nothing alike")
+    if other.path.resolve() == package.path.resolve() and not args.variant:
+        variants = [variant for variant in variants if variant != name] or variants
+    with Model.load(other.path, name) as model:
+        if "decoder" not in package.manifest.roles:
+            from ..validate.images import built_in_images
+
+            _refuse_task(package, args.task)
+            return validate_images_against(package, model, built_in_images(), variants, gates, progress)
+        samples, task = _samples(package, args)
+        with _journal(package, args, samples, gates, {"against": [_manifest_sha256(other), name]}) as journal:
+            report = validate_against(package, model, samples, task, variants, gates, progress, journal)
+            journal.remove()
+    return report if args.task is None else replace(report, task_files=hash_task(args.task))
+
+
+def _refuse_task(package: Package, folder: Path | None) -> None:
+    if folder is not None:
+        raise InputError(f"--task: {package.path} has no decoder, so it answers no questions; leave it out")
+
+
+def _samples(package: Package, args: argparse.Namespace) -> tuple[Sequence[Any], Any]:
+    """What is asked, and the task that it is of, if there is one."""
+    from ..validate.samples import built_in_samples
+    from ..validate.tasks import load_task, task_samples
+
+    if args.task is None:
+        return built_in_samples(package.manifest)[: args.limit], None
+    task = load_task(args.task)
+    return task_samples(task, args.task)[: args.limit], task
+
+
+def _journal(
+    package: Package, args: argparse.Namespace, samples: Sequence[Any], gates: Any, reference: Mapping[str, Any]
+) -> Any:
+    """The record of what is found, which depends on both sides and on what is asked."""
+    from ..validate.journal import Journal, digest_of
+    from ..validate.shards import JOURNAL_TYPES
+
+    depends = {
+        "package": _manifest_sha256(package),
+        "reference": reference,
+        "samples": [[sample.id, list(sample.messages), sample.max_new_tokens] for sample in samples],
+        "task": None if args.task is None else [str(args.task), hash_task(args.task)],
+        "margins": dict(gates.tie_margin),
+        "code": versions(),
+    }
+    return Journal(args.report / "unfinished", digest_of(depends), JOURNAL_TYPES)
+
+
+def _manifest_sha256(package: Package) -> str:
+    return file_entry(package.path / MANIFEST_NAME).sha256
 
 
 def _images_reference(
@@ -183,7 +238,7 @@ def _images_reference(
 ) -> Report:
     from ..validate.images import built_in_images
     from ..validate.reference import load_image_reference
-    from ..validate.run import validate_images
+    from ..validate.run_images import validate_images
 
     reference = load_image_reference(checkpoint)
     return validate_images(package, checkpoint, reference, built_in_images(), variants, gates, progress, plan)
@@ -192,6 +247,8 @@ def _images_reference(
 def _render_variant(variant: VariantReport) -> str:
     rows = [_render_row(row) for row in variant.rows]
     lines = [f"{variant.name}: {variant.outcome}", table(_STAGE_HEADER, rows, "<>>>>><")]
+    if text := inputs_line({"inputs": variant.inputs and vars(variant.inputs)}):
+        lines.append(f"  {text}")
     notes = [note for row in variant.rows for note in row.notes]
     lines += [f"  {note}" for note in notes[:_NUM_NOTES]]
     if len(notes) > _NUM_NOTES:
@@ -232,13 +289,15 @@ def _render_row(row: StageRow) -> list[str]:
 
 
 def _render_task(report: Report) -> str:
-    variants = report_json(report)["variants"]
+    document = report_json(report)
+    variants = document["variants"]
     header, rows = task_lines(variants)
     parts = [table(header, rows, "<>>>>>>>>")]
     for item, answers in task_showcase(variants):
-        given = {"expected": item["expected"], "PyTorch": item["reference"], **answers}
+        given = {"expected": item["expected"], reference_name(document): item["reference"], **answers}
         lines = [[name, _printable(answer)] for name, answer in given.items()]
         parts.append(f"{item['image']}: {item['question']}\n{_indent(table((), lines))}")
+    parts.append("\n".join(f"{variant['name']}: {inputs_line(variant)}" for variant in variants))
     broken = [
         [variant.name, *_render_row(row)]
         for variant in report.variants

@@ -61,6 +61,7 @@ def variant(name, scale, outcome="PASS"):
         "not_compared": [{"sample": "i0", "stage": "patch_embed", "reason": "not an output"}],
         "examples": [],
         "seconds": 1.0,
+        "inputs": {"num_samples": 3, "num_equal": 3, "sha256": "ef" * 32, "different": []},
         "task": task,
         "statistics": plain(summarize([evidence(random, scale, number) for number in range(3)], 0.1, token_class)),
         "layers": layers,
@@ -89,15 +90,18 @@ def token_class(token):
 def document(*variants):
     """A whole document around these variants."""
     return {
-        "schema": "vlmport-report/2",
+        "schema": "vlmport-report/3",
         "mode": "reference",
         "outcome": "FAIL",
         "reference": {"checkpoint": "a <checkpoint>", "code": "transformers"},
-        "package": {"name": "receipts & <co>", "manifest_sha256": "ab" * 32, "source_files": {"model": "cd" * 32}},
+        "reference_files": {"model.safetensors": "cd" * 32},
+        "task_files": {"samples.jsonl": "ef" * 32},
+        "package": {"name": "receipts & <co>", "files": {"vlmport.json": "ab" * 32}},
         "provider": "CPUExecutionProvider",
         "versions": {"python": "3.11", "onnxruntime": "1.32.0"},
         "num_samples": 3,
         "samples": ["i0", "i1", "i2"],
+        "inputs": {"sha256": "ef" * 32, "samples": []},
         "gates": {"origin": "built in", "tie_margin": {}, "table": {}},
         "noise": {"what": "PyTorch float32 against bfloat16", "kl": kl(3e-4)},
         "sweep": [

@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmport.runtime.errors import InputError
 from vlmport.validate.gates import COLUMNS, GATES_SCHEMA, STAGES, column_of, default_gates, judge, load_gates, worst
+from vlmport.validate.intervals import ratio
 
 
 def outcome(column, kind, **values):
@@ -168,3 +170,36 @@ def test_a_file_of_another_schema(tmp_path, schema):
 def test_a_missing_file(tmp_path):
     with pytest.raises(InputError, match="no such gates file"):
         load_gates(tmp_path / "none.toml")
+
+
+def recovery_of(num_right, num_items=100, reference_right=94):
+    """Judgement of a task's recovery over items of which the reference has `reference_right`, the variant fewer."""
+    reference = np.arange(num_items) < reference_right
+    found = ratio((np.arange(num_items) < num_right).astype(float), reference.astype(float))
+    values = {"num_items": num_items, "flips": 0.0, "recovery": found.value}
+    values |= {"recovery_ci_low": found.ci_low, "recovery_ci_high": found.ci_high}
+    return {gate.metric: gate for gate in judge(default_gates(), "int8", "task", "answers", values)}
+
+
+def test_one_item_of_a_sample_is_no_verdict_but_many_are():
+    assert recovery_of(94)["recovery"].outcome == "PASS"
+    lost_one = recovery_of(93)["recovery"]
+    assert lost_one.value < lost_one.limit
+    assert lost_one.outcome == "AMBIGUOUS"
+    assert lost_one.interval[0] < lost_one.limit <= lost_one.interval[1]
+    lost_ten = recovery_of(84)["recovery"]
+    assert (lost_ten.outcome, lost_ten.interval[1] < lost_ten.limit) == ("FAIL", True)
+
+
+def test_a_sample_too_small_to_tell_fails():
+    few = recovery_of(20, num_items=20, reference_right=20)
+    assert (few["recovery"].outcome, few["num_items"].outcome) == ("PASS", "FAIL")
+    assert recovery_of(94)["num_items"].outcome == "PASS"
+
+
+def test_without_an_interval_the_number_alone_decides():
+    values = {"num_items": 100.0, "flips": 0.0, "recovery": 0.98}
+    assert outcome("int8", "task", **values) == "FAIL"
+    assert outcome("int8", "task", **values, recovery_ci_low=math.nan, recovery_ci_high=math.nan) == "FAIL"
+    # float32 answers as the reference does: one changed answer is one too many, whatever the sample
+    assert outcome("fp32", "task", changed=0.01, changed_ci_low=0.0, changed_ci_high=0.03) == "FAIL"

@@ -14,7 +14,7 @@ from vlmport.runtime.package import Package
 from vlmport.validate.compare import Comparison, compare_generation
 from vlmport.validate.gates import default_gates
 from vlmport.validate.golden import find_goldens, load_golden, request_messages
-from vlmport.validate.run import validate_golden
+from vlmport.validate.run_golden import validate_golden
 
 GOLDENS = Path(__file__).parent / "goldens" / "qwen2_5_vl"
 NAMES = ("tiny_a", "tiny_b")

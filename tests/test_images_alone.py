@@ -288,7 +288,7 @@ def test_padding_of_rows_is_not_compared(package, tmp_path):
 def failed_stages(package: Path, folder: Path) -> list[str]:
     from vlmport.runtime.package import Package
     from vlmport.validate.gates import default_gates
-    from vlmport.validate.run import validate_golden
+    from vlmport.validate.run_golden import validate_golden
 
     report = validate_golden(Package.open(package), [load_golden(folder)], ["fp32"], default_gates(), lambda *_: None)
     return [row.stage for row in report.variants[0].rows if row.outcome == "FAIL"]

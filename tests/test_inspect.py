@@ -1,6 +1,7 @@
 """`vlmport inspect`: tells all that the manifest knows, loads nothing, folds layers that are alike."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,30 +45,72 @@ def test_json_has_the_same(package: Path, capsys: pytest.CaptureFixture[str]) ->
     assert found["size"] == 3_005_000
 
 
-def write_report(package: Path, manifest_sha256: str) -> None:
-    (package / "parity").mkdir()
+def write_report(package: Path, place: Path) -> None:
+    """Of int4 alone, made at this moment."""
+    files = json.loads((package / "vlmport.json").read_text())["files"]
+    judged = {name: entry["sha256"] for name, entry in files.items() if name != "onnx/decoder.onnx_data"}
     report = {
-        "schema": "vlmport-report/2",
+        "schema": "vlmport-report/3",
         "mode": "reference",
-        "package": {"manifest_sha256": manifest_sha256},
+        "package": {"files": {**judged, "vlmport.json": file_entry(package / "vlmport.json").sha256}},
         "variants": [{"name": "int4", "outcome": "FAIL", "rows": []}],
     }
-    (package / "parity" / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    place.parent.mkdir(exist_ok=True)
+    place.write_text(json.dumps(report), encoding="utf-8")
 
 
-def parities(package: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    assert main(["inspect", str(package), "--json"]) == 0
+def parities(package: Path, capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, str]:
+    assert main(["inspect", str(package), "--json", *options]) == 0
     return {name: variant["parity"] for name, variant in json.loads(capsys.readouterr().out)["variants"].items()}
 
 
+def flip(file: Path, *, later: bool = True) -> None:
+    """One bit of a file; `later` tells by its time that it was written."""
+    times = file.stat()
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    if not later:
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 def test_last_parity_is_told(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_report(package, file_entry(package / "vlmport.json").sha256)
+    write_report(package, package / "parity" / "report.json")
     assert parities(package, capsys) == {"fp32": "not validated", "int4": "FAIL (reference)"}
 
 
-def test_parity_of_other_bytes_is_no_evidence(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_report(package, "0" * 64)
-    assert parities(package, capsys) == {"fp32": "not validated", "int4": "out of date"}
+@pytest.mark.parametrize("name", ["onnx/decoder_int4.onnx_data", "onnx/embed_tokens.onnx"])
+def test_one_bit_since_the_report_is_told_with_its_file(
+    package: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_report(package, package / "parity" / "report.json")
+    flip(package / name)
+    assert parities(package, capsys)["int4"] == f"out of date, was FAIL (reference); changed since: {name}"
+
+
+def test_a_change_of_what_was_not_judged_is_none(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(package, package / "parity" / "report.json")
+    flip(package / "onnx" / "decoder.onnx_data")  # of fp32
+    assert parities(package, capsys)["int4"] == "FAIL (reference)"
+
+
+def test_a_report_that_is_named_is_held_against_every_byte(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even where the time of a file hides that it was written."""
+    report = tmp_path / "report.json"
+    write_report(package, report)
+    assert parities(package, capsys)["int4"] == "not validated"
+    assert parities(package, capsys, "--report", str(report))["int4"] == "FAIL (reference)"
+    flip(package / "onnx" / "decoder_int4.onnx_data", later=False)
+    assert "decoder_int4.onnx_data" in parities(package, capsys, "--report", str(report))["int4"]
+
+
+def test_another_manifest_is_a_change(package: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_report(package, package / "parity" / "report.json")
+    manifest = package / "vlmport.json"
+    manifest.write_text(manifest.read_text().replace("some_family", "same_family"))
+    assert parities(package, capsys)["int4"].endswith("changed since: vlmport.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"variants": [3]}', '{"variants": [], "mode": "golden"}'])

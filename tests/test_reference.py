@@ -94,7 +94,7 @@ def test_float32_passes_at_every_stage(report):
     variant = report.variants[0]
     assert variant.outcome == "PASS", [row for row in variant.rows if row.outcome != "PASS"]
     rows = {row.stage: row for row in variant.rows}
-    expected = {"pixel_values", "image_grid_thw", "position_ids", "vision", "projector", "inputs_embeds"}
+    expected = {"inputs", "pixel_values", "image_grid_thw", "position_ids", "vision", "projector", "inputs_embeds"}
     assert expected | {"prefill_logits", "step_logits", "cache", "generated_ids"} == set(rows)
     assert rows["vision"].num_samples == len(report.samples) - 1  # all but the text alone
     assert rows["prefill_logits"].values["max_abs"] <= 1e-4

@@ -22,16 +22,16 @@ from vlmport.validate.compare import (
     stage_rows,
 )
 from vlmport.validate.gates import default_gates
+from vlmport.validate.judged import hash_package
 from vlmport.validate.report import (
     Report,
     VariantReport,
-    manifest_sha256,
-    markdown,
     report_json,
     versions,
     worst_examples,
     write_report,
 )
+from vlmport.validate.report_text import markdown
 
 
 def records(error):
@@ -75,7 +75,8 @@ def report(package, *variants):
         mode="reference",
         reference={"checkpoint": "somewhere"},
         package=package,
-        manifest_sha256=manifest_sha256(package),
+        files=hash_package(package, ["fp32"], lambda *_: None).sha256,
+        reference_files={},
         provider="CPUExecutionProvider",
         versions=versions(),
         samples=("s0", "s1", "s2"),
@@ -158,7 +159,7 @@ def test_json_holds_what_a_reader_needs(package, tmp_path):
     file = write_report(found, tmp_path / "out")[0]
     document = strict(file.read_text(encoding="utf-8"))
     assert document["outcome"] == "FAIL"
-    assert document["package"]["manifest_sha256"] == file_entry(package.path / MANIFEST_NAME).sha256
+    assert document["package"]["files"][MANIFEST_NAME] == file_entry(package.path / MANIFEST_NAME).sha256
     assert document["versions"]["numpy"] == np.__version__
     assert document["num_samples"] == 3
     assert document["gates"]["table"]["int8"]["prefill"][1]["metric"] == "kl_mean"

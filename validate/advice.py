@@ -35,4 +35,8 @@ def _broken(gate: Mapping[str, Any]) -> str:
         return f"{where} was not measured"
     value, limit = float(gate["value"]), float(gate["limit"])
     side = "above" if value > limit else "below"
-    return f"{where} is {value:.4g}, {abs(value - limit):.3g} {side} the limit of {limit:g}"
+    text = f"{where} is {value:.4g}, {abs(value - limit):.3g} {side} the limit of {limit:g}"
+    if gate["outcome"] == "AMBIGUOUS" and gate.get("interval"):
+        low, high = gate["interval"]
+        text += f", which its interval {low:.4g} to {high:.4g} reaches: more items would tell"
+    return text

@@ -152,13 +152,16 @@ def compare_generation(
     )
 
 
-def stage_columns(variant: Variant) -> dict[str, str]:
-    """Kind of stage -> column of the gate table, from the graphs that the stage has gone through."""
-    labels = {role: graph.precision for role, graph in variant.graphs.items()}
-    tower = [labels[role] for role in ("vision_encoder",) if role in labels]
-    features = [labels[role] for role in ("vision_encoder", "projector", "patch_embed") if role in labels]
-    embedded = [*features, *(labels[role] for role in ("embed_tokens",) if role in labels)]
-    everything = column_of(labels.values())
+def stage_columns(*variants: Variant) -> dict[str, str]:
+    """Kind of stage -> column of the gate table, from the graphs that the stage has gone through, on both sides.
+
+    Two variants where the reference is one too: its noise counts as much.
+    """
+    labels = [(role, graph.precision) for variant in variants for role, graph in variant.graphs.items()]
+    tower = [label for role, label in labels if role == "vision_encoder"]
+    features = [label for role, label in labels if role in ("vision_encoder", "projector", "patch_embed")]
+    embedded = [*features, *(label for role, label in labels if role == "embed_tokens")]
+    everything = column_of(label for _, label in labels)
     columns = dict.fromkeys(
         ("past", "prompt", "prefill", "argmax", "decode", "cache", "classes", "generation", "task"), everything
     )

@@ -1,8 +1,10 @@
 """The one table of thresholds (gates.toml), and the judgement of numbers by it: PASS, FAIL or AMBIGUOUS.
 
 A gate is a limit on one metric of one stage at one precision. Where nothing was compared, or a number is not finite,
-the gate fails: missing evidence is never a pass. AMBIGUOUS says that only near ties of the reference stand between the
-number and the limit; it does not fail a run. Each result records the limit that would have passed.
+the gate fails: missing evidence is never a pass. AMBIGUOUS does not fail a run. It says that only near ties of the
+reference stand between the number and the limit; or, of what is a share of a task's items, that its 95 % interval
+reaches the limit, so that these items cannot tell: one wrong answer of 100 is no 1 % of all. How many items there must
+be at least is a gate of its own. Each result records the limit that would have passed.
 
 Precisions are columns: a stage is judged by the column of the graphs that it went through. `fp32-unit` is float32 on
 activations of unit scale (golden cases), where absolute limits mean something.
@@ -68,6 +70,7 @@ _AT_LEAST = frozenset(
         "match",
         "match_off_ties",
         "recovery",
+        "num_items",
     }
 )
 _AT_MOST = frozenset(
@@ -88,6 +91,8 @@ _AT_MOST = frozenset(
         "changed",
     }
 )
+# What is told of few items only, with its interval: <metric>_ci_low and <metric>_ci_high among the values.
+_SAMPLED = frozenset({"recovery", "flips"})
 # A share that near ties may lower, and the same share with ties forgiven.
 _FORGIVING = {"same_top1": "same_top1_off_ties", "match": "match_off_ties"}
 
@@ -116,6 +121,7 @@ class GateResult:
     value: float | None  # None where it was not measured
     outcome: Outcome
     would_pass: float | None  # the limit that this value would have met; None where no limit could
+    interval: tuple[float, float] | None = None  # 95 % of what is told of a sample
 
 
 @dataclass(frozen=True)
@@ -217,9 +223,18 @@ def _judge_one(gate: Gate, column: str, stage: str, values: Mapping[str, float])
     outcome: Outcome = "PASS" if gate.holds(value) else "FAIL"
     if outcome == "FAIL" and not math.isnan(value) and gate.metric in _FORGIVING:
         outcome = "AMBIGUOUS" if gate.holds(values.get(_FORGIVING[gate.metric], math.nan)) else "FAIL"
+    interval = _interval(gate.metric, values)
+    if outcome == "FAIL" and interval is not None and any(gate.holds(end) for end in interval):
+        outcome = "AMBIGUOUS"
     measured = None if math.isnan(value) else value
     would_pass = measured if measured is not None and math.isfinite(measured) else None
-    return GateResult(stage, column, gate.metric, gate.limit, measured, outcome, would_pass)
+    return GateResult(stage, column, gate.metric, gate.limit, measured, outcome, would_pass, interval)
+
+
+def _interval(metric: str, values: Mapping[str, float]) -> tuple[float, float] | None:
+    """None where the metric is of no sample, or its interval cannot be told: then the number alone decides."""
+    ends = (values.get(f"{metric}_ci_low", math.nan), values.get(f"{metric}_ci_high", math.nan))
+    return ends if metric in _SAMPLED and not any(map(math.isnan, ends)) else None
 
 
 def _known(file: Path, where: str, data: Any, names: set[str]) -> dict[str, Any]:

@@ -51,7 +51,8 @@ def page(document: Document, pictures: Pictures = lambda name: None) -> str:
     code = reference.get("code") or reference.get("upstream", "")
     subtitle = (
         f"Reference: {reference.get('checkpoint') or reference.get('golden') or reference.get('package', '')}"
-        f"{f' ({code})' if code else ''}. {document['num_samples']} samples. {document['provider']}."
+        f"{f' ({code})' if code else ''}. {document['num_samples']} samples{_inputs_note(document)}. "
+        f"{document['provider']}."
     )
     return template.render(
         outcome=document["outcome"],
@@ -125,6 +126,16 @@ def _summary(document: Document) -> Table:
         header, rows = header[:5], [row[:5] for row in rows]
     caption = "KL(reference || variant) of the next token along the reference's answer; brackets are 95 % intervals"
     return Table(caption, header, rows)
+
+
+def _inputs_note(document: Document) -> str:
+    """In brackets: were the samples the same on both sides? The section of evidence tells which were not."""
+    proofs = [variant["inputs"] for variant in document["variants"] if variant.get("inputs")]
+    if not proofs:
+        return ""
+    if all(proof["num_equal"] == proof["num_samples"] for proof in proofs):
+        return ", inputs equal on all of them by sha256"
+    return f", INPUTS NOT EQUAL on {max(proof['num_samples'] - proof['num_equal'] for proof in proofs)} of them"
 
 
 def _noise_note(document: Document) -> str:

@@ -9,6 +9,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from .page_parts import Document, ExampleCard, Section, number
+from .report_text import reference_name
 
 __all__ = ["Pictures", "examples"]
 
@@ -22,8 +23,11 @@ def examples(document: Document, pictures: Pictures) -> Section | None:
     if not scored:
         return None
     items = scored[0]["task"]["answers"]
+    named = reference_name(document)
     worst = sorted(range(len(items)), key=lambda index: _severity(scored, index), reverse=True)
-    cards = [_card(scored, index, pictures) for index in worst[:_NUM_EXAMPLES] if _severity(scored, index) > (0, 0)]
+    cards = [
+        _card(scored, index, pictures, named) for index in worst[:_NUM_EXAMPLES] if _severity(scored, index) > (0, 0)
+    ]
     if not cards:
         return None
     about = (
@@ -39,10 +43,10 @@ def _severity(scored: Sequence[Document], index: int) -> tuple[int, int]:
     return flipped, sum(answer["answer"].strip() != answer["reference"].strip() for answer in given)
 
 
-def _card(scored: Sequence[Document], index: int, pictures: Pictures) -> ExampleCard:
+def _card(scored: Sequence[Document], index: int, pictures: Pictures, named: str) -> ExampleCard:
     item = scored[0]["task"]["answers"][index]
     steps: list[str] = []
-    who: dict[str, list[str]] = {item["reference"]: ["PyTorch"]}  # by text, so that equal answers stand there once
+    who: dict[str, list[str]] = {item["reference"]: [named]}  # by text, so that equal answers stand there once
     for variant in scored:
         who.setdefault(variant["task"]["answers"][index]["answer"], []).append(variant["name"])
         for each in (variant.get("statistics") or {}).get("divergences", ()):

@@ -7,7 +7,7 @@ prepared, so that each stage is compared on equal inputs of the stage before.
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,20 +16,21 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..runtime.errors import CheckpointError
-from ..runtime.generate import GenerationOptions
 from ..runtime.image import Patches, load_image
 from ..runtime.model import Model
 from ..runtime.prepare import Prepared
-from ..runtime.sample import SamplingParams
 from .compare import Comparison, NotCompared, compare_generation, compare_ids, compare_logits, compare_tensors
 from .images import ImageReference
+from .inputs import GivenInputs, compare_inputs, input_hashes
 from .samples import Sample
 from .stages import logits_without_cache, run_stages
 
 __all__ = [
+    "AnsweringReference",
     "ReferenceModel",
     "ReferenceRun",
     "compare_sample",
+    "given_inputs",
     "load_image_reference",
     "load_reference",
     "run_reference",
@@ -39,8 +40,8 @@ Array = NDArray[Any]
 Progress = Callable[[int, int, str], None]
 
 
-class ReferenceModel(Protocol):
-    """One checkpoint of any family in PyTorch, float32. Families give it by `load(folder)`."""
+class AnsweringReference(Protocol):
+    """What variants are compared with, from prompts to answers: a checkpoint in PyTorch, or another package."""
 
     origin: str  # whose code it is, for the report
     video_rule: str | None  # the rule of runtime.positions that it follows; None where there is only one
@@ -64,6 +65,10 @@ class ReferenceModel(Protocol):
         """Logits [V] after one more token, through the cache."""
         ...
 
+
+class ReferenceModel(AnsweringReference, Protocol):
+    """One checkpoint of any family in PyTorch, float32, to be looked into. Families give it by `load(folder)`."""
+
     def modules(self) -> Mapping[str, Any]:
         """Its torch modules, to be tapped: see reference_taps.TappedReference."""
         ...
@@ -84,6 +89,7 @@ class ReferenceRun:
     sample: Sample
     generated_ids: tuple[int, ...]
     file: Path
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])  # sha256 of what it was given
 
     def arrays(self) -> dict[str, Array]:
         """By stage: step_logits [N, V]; with details also pixels, vision, projector, prefill_logits and so on."""
@@ -122,7 +128,7 @@ def load_image_reference(folder: Path) -> ImageReference:
 
 
 def run_reference(
-    reference: ReferenceModel,
+    reference: AnsweringReference,
     model: Model,
     samples: Sequence[Sample],
     num_detailed: int,
@@ -153,15 +159,22 @@ def run_reference(
         file = folder / f"{number}.npz"
         arrays["step_logits"] = steps
         np.savez(file, allow_pickle=False, **arrays)
-        runs.append(ReferenceRun(sample, ids, file))
+        runs.append(ReferenceRun(sample, ids, file, input_hashes(prepared, positions)))
     progress(len(samples), len(samples), "reference")
     return runs
 
 
-def compare_sample(model: Model, run: ReferenceRun, tie_margin: float) -> list[Comparison | NotCompared]:
-    """Every stage of one detailed sample, a variant against the reference."""
+def given_inputs(run: ReferenceRun, prepared: Prepared) -> tuple[GivenInputs, Comparison]:
+    """What a variant is given for a sample (`prepared`, by its own runtime), beside what the reference was given."""
+    given = GivenInputs(run.sample.id, run.inputs, input_hashes(prepared))
+    return given, compare_inputs(given)
+
+
+def compare_sample(
+    model: Model, prepared: Prepared, run: ReferenceRun, answer_ids: Sequence[int], tie_margin: float
+) -> list[Comparison | NotCompared]:
+    """Every stage of one detailed sample, a variant against the reference. answer_ids: its free-running answer."""
     name, arrays = run.sample.id, run.arrays()
-    prepared = model.prepare(run.sample.messages)
     forced = run.generated_ids[:-1]
     stages = run_stages(model, prepared, forced)
     records: list[Comparison | NotCompared] = []
@@ -179,11 +192,7 @@ def compare_sample(model: Model, run: ReferenceRun, tie_margin: float) -> list[C
     records.append(compare_logits(name, "step_logits", "decode", arrays["step_logits"], stages.step_logits))
     whole = logits_without_cache(model, prepared, stages.inputs_embeds, forced)
     records.append(compare_logits(name, "cache", "cache", whole, stages.step_logits))
-    options = GenerationOptions(
-        run.sample.max_new_tokens, SamplingParams(temperature=0.0), ignore_eos=run.sample.ignore_eos
-    )
-    ids = model.stream_prepared(prepared, options).finish().token_ids
-    records.append(compare_generation(name, run.generated_ids, ids, arrays["step_logits"], tie_margin))
+    records.append(compare_generation(name, run.generated_ids, answer_ids, arrays["step_logits"], tie_margin))
     return records
 
 
@@ -203,7 +212,7 @@ def _compare_pixels(name: str, prepared: Prepared, arrays: Mapping[str, Array]) 
 
 
 def _greedy(
-    reference: ReferenceModel, logits: Array, sample: Sample, eos: Sequence[int]
+    reference: AnsweringReference, logits: Array, sample: Sample, eos: Sequence[int]
 ) -> tuple[tuple[int, ...], Array]:
     """Greedy ids [N] and the logits that chose them [N, V]. An end-of-sequence id is the last one."""
     ids, steps = [int(logits.argmax())], [logits]

@@ -1,8 +1,8 @@
 """The report of a validation: JSON first; Markdown and one HTML page are made from it.
 
-The JSON holds all that was measured, so that another page (attribution, HTML) can be drawn from it alone. Numbers
-that JSON cannot write are the strings "inf", "-inf" and "nan". The copy inside the package is bound to its manifest by
-sha256: a report of other bytes is no evidence.
+The JSON holds all that was measured, so that another page can be drawn from it alone; docs/report-format.md explains
+its fields. Numbers that JSON cannot write are the strings "inf", "-inf" and "nan". It names the sha256 of every file it
+judged: a report of other bytes is no evidence.
 """
 
 import dataclasses
@@ -13,15 +13,17 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ..runtime.package import MANIFEST_NAME, Package, file_entry
+from ..runtime.package import Package
 from .compare import Comparison, NotCompared, StageRow
 from .gates import GateTable, Outcome, worst
+from .inputs import GivenInputs, InputProof, rolled_up
 from .intervals import Ratio
+from .report_text import markdown
 from .statistics import Statistics
 
 __all__ = [
@@ -30,18 +32,14 @@ __all__ = [
     "Report",
     "TaskScore",
     "VariantReport",
-    "manifest_sha256",
-    "markdown",
     "plain",
     "report_json",
-    "task_lines",
-    "task_showcase",
     "versions",
     "worst_examples",
     "write_report",
 ]
 
-REPORT_SCHEMA = "vlmport-report/2"
+REPORT_SCHEMA = "vlmport-report/3"
 _NUM_EXAMPLES = 10
 _VERSIONED = ("vlmport", "numpy", "onnxruntime", "onnxruntime-gpu", "tokenizers", "pillow", "torch", "transformers")
 
@@ -90,6 +88,7 @@ class VariantReport:
     not_compared: tuple[NotCompared, ...]
     examples: tuple[Example, ...]
     seconds: float
+    inputs: InputProof | None = None  # None: golden cases, whose inputs are stages of their own
     task: TaskScore | None = None
     statistics: Statistics | None = None
     layers: tuple[Any, ...] = ()  # insides.LayerDrift
@@ -104,15 +103,18 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class Report:
-    mode: Literal["golden", "reference"]
+    mode: Literal["golden", "reference", "against"]
     reference: Mapping[str, str]  # what the variants were compared with
     package: Package
-    manifest_sha256: str
+    files: Mapping[str, str]  # of the package: sha256 of those that were judged, as they were read
+    reference_files: Mapping[str, str]  # the same of the reference
     provider: str
     versions: Mapping[str, str]
     samples: tuple[str, ...]
     gates: GateTable
     variants: tuple[VariantReport, ...]
+    inputs: tuple[GivenInputs, ...] = ()  # what the reference was given
+    task_files: Mapping[str, str] = field(default_factory=dict[str, str])  # sha256 of questions and settings
     noise: Any = None  # insides.Noise
     sweep: Sequence[Mapping[str, Any]] = ()  # sweep.SweepResult with its outcome
 
@@ -160,9 +162,11 @@ def report_json(report: Report) -> dict[str, Any]:
         "mode": report.mode,
         "outcome": report.outcome,
         "reference": report.reference,
+        "reference_files": report.reference_files,
+        "task_files": report.task_files,
         "package": {
-            "name": report.package.path.name,
-            "manifest_sha256": report.manifest_sha256,
+            "name": report.package.path.resolve().name,
+            "files": report.files,
             "source": manifest.source.name,
             "source_files": {name: entry.sha256 for name, entry in manifest.source.files.items()},
             "target": manifest.target,
@@ -171,6 +175,7 @@ def report_json(report: Report) -> dict[str, Any]:
         "versions": report.versions,
         "num_samples": len(report.samples),
         "samples": report.samples,
+        "inputs": _inputs(report.inputs),
         "noise": report.noise,
         "sweep": report.sweep,
         "gates": {"origin": report.gates.origin, "tie_margin": report.gates.tie_margin, "table": report.gates.gates},
@@ -180,6 +185,14 @@ def report_json(report: Report) -> dict[str, Any]:
         ],
     }
     return plain(document)
+
+
+def _inputs(given: Sequence[GivenInputs]) -> dict[str, Any] | None:
+    """What the reference was given; of a variant's inputs only those that differ are told (InputProof)."""
+    if not given:
+        return None
+    found = [(one.sample, one.reference) for one in given]
+    return {"sha256": rolled_up(found), "samples": [{"id": sample, **hashes} for sample, hashes in found]}
 
 
 def write_report(report: Report, folder: Path, media: Path | None = None) -> tuple[Path, ...]:
@@ -201,107 +214,6 @@ def write_report(report: Report, folder: Path, media: Path | None = None) -> tup
         if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise
     return tuple(folder / name for name, text in texts.items() if text is not None)
-
-
-def markdown(document: Mapping[str, Any]) -> str:
-    """The report for people, from its JSON alone."""
-    package, reference = document["package"], document["reference"]
-    lines = [
-        f"# Parity of {package['name']}: {document['outcome']}",
-        "",
-        f"Reference: {', '.join(f'{key} {value}' for key, value in reference.items())}. "
-        f"{document['num_samples']} samples. Provider {document['provider']}.",
-        f"Manifest sha256 `{package['manifest_sha256']}`. Gates: {document['gates']['origin']}.",
-        "",
-    ]
-    if all(variant["task"] for variant in document["variants"]):
-        lines += [*_task_section(document["variants"]), ""]
-    for variant in document["variants"]:
-        lines += [*_variant_section(variant), ""]
-    lines += ["## Versions", "", ", ".join(f"{name} {version}" for name, version in document["versions"].items()), ""]
-    return "\n".join(lines)
-
-
-def task_lines(variants: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of the table of a task, one row a variant, from the report's JSON.
-
-    changed: answers other than the reference's; flipped: those of them that became right or wrong by it.
-    """
-    header = ("variant", "MB", variants[0]["task"]["scorer"].replace("_", " "), "reference", "changed", "flipped")
-    header += ("mean KL", "same top-1", "tokens/s", "gate")
-    rows: list[tuple[str, ...]] = []
-    for variant in variants:
-        task = variant["task"]
-        values = next((row["values"] for row in variant["rows"] if row["stage"] == "answer_logits"), {})
-        row = (
-            variant["name"],
-            f"{variant['size'] / 1e6:.2f}",
-            f"{task['score']:.1%}",
-            f"{task['reference_score']:.1%}",
-            f"{task['num_changed']} of {task['num_items']}",
-            f"{task['num_lost'] + task['num_gained']} of {task['num_items']}",
-            _number(values.get("kl_mean")),
-            f"{values['same_top1']:.2%}" if "same_top1" in values else "",
-            f"{task['tokens_per_second']:.0f}",
-            variant["outcome"],
-        )
-        rows.append(row)
-    return header, rows
-
-
-def task_showcase(
-    variants: Sequence[Mapping[str, Any]], num: int = 2
-) -> list[tuple[Mapping[str, str], dict[str, str]]]:
-    """A few items with the answer of each variant. Items on which the variants differ come first."""
-    answers = {variant["name"]: variant["task"]["answers"] for variant in variants}
-    items: Sequence[Mapping[str, str]] = next(iter(answers.values()))
-    found = [
-        (item, {name: given[number]["answer"] for name, given in answers.items()}) for number, item in enumerate(items)
-    ]
-    return sorted(found, key=lambda pair: len({pair[0]["reference"], *pair[1].values()}) == 1)[:num]
-
-
-def _task_section(variants: Sequence[Mapping[str, Any]]) -> list[str]:
-    header, rows = task_lines(variants)
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
-    for item, answers in task_showcase(variants):
-        lines += ["", f"{item['id']}, `{item['image']}`: {item['question']}", ""]
-        given = {"expected": item["expected"], "PyTorch": item["reference"], **answers}
-        lines += [f"- {name}: `{answer!r}`" for name, answer in given.items()]
-    return lines
-
-
-def _variant_section(variant: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"## {variant['name']}: {variant['outcome']}",
-        "",
-        "| stage | samples | max abs | min cosine | mean KL | same top-1 | limit broken | outcome |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in variant["rows"]:
-        values = row["values"]
-        broken = "; ".join(
-            f"{gate['metric']} {_number(gate['value'])} ({_number(gate['limit'])} asked)"
-            for gate in row["gates"]
-            if gate["outcome"] != "PASS"
-        )
-        cells = [_number(values.get(name)) for name in ("max_abs", "cosine_min", "kl_mean", "same_top1")]
-        outcome = row["outcome"] or "reported"
-        lines.append(f"| {row['stage']} | {row['num_samples']} | {' | '.join(cells)} | {broken} | {outcome} |")
-    notes = [note for row in variant["rows"] for note in row["notes"]]
-    lines += ["", *(f"- {note}" for note in notes)]
-    if variant["not_compared"]:
-        reasons: dict[str, set[str]] = {}
-        for record in variant["not_compared"]:
-            reasons.setdefault(f"{record['stage']}: {record['reason']}", set()).add(record["sample"])
-        lines += ["", "Not compared:", "", *(f"- {reason} ({len(found)} samples)" for reason, found in reasons.items())]
-    return lines
-
-
-def _number(value: Any) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:.7g}" if abs(value) > 0.9 else f"{value:.3g}"
 
 
 def plain(value: Any) -> Any:
@@ -352,8 +264,3 @@ def _replace(file: Path, text: str) -> None:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def manifest_sha256(package: Package) -> str:
-    """Binds a report to the package's manifest, which holds the hash of every other file."""
-    return file_entry(package.path / MANIFEST_NAME).sha256

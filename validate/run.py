@@ -1,9 +1,7 @@
-"""The two validations, from start to report: against golden folders, and against the checkpoint in PyTorch."""
+"""Validations from start to report: against the checkpoint in PyTorch, or against another package."""
 
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,63 +9,42 @@ from typing import TYPE_CHECKING, Literal
 from tokenizers import Tokenizer
 
 from ..runtime.model import Model
-from ..runtime.package import Package, file_entry
+from ..runtime.package import Package
+from .against import PackageReference
+from .answers import ANSWER_STAGE
 from .compare import Comparison, NotCompared, StageRow, stage_columns, stage_rows
 from .gates import GateTable, judge
-from .golden import Golden
-from .golden_compare import compare_golden
-from .images import ImageReference, ImageSample, compare_image_golden, compare_image_sample
+from .images import ImageSample
+from .inputs import GivenInputs, prove
 from .journal import Journal
-from .reference import ReferenceModel, run_reference
-from .report import Report, TaskScore, VariantReport, manifest_sha256, versions, worst_examples
+from .judged import JudgedFiles, hash_checkpoint, hash_package
+from .reference import AnsweringReference, ReferenceModel, run_reference
+from .report import Report, TaskScore, VariantReport, versions, worst_examples
 from .samples import Sample
 from .shards import Found, Questions, compare_in_shards
 from .statistics import AnswerEvidence, Statistics, classifier, summarize
-from .tasks import ANSWER_STAGE, Task, score
+from .tasks import Answer, Task, score
 
 if TYPE_CHECKING:
     from ..export.family import RoleSpec
     from .insides import Insides, Plan
 
-__all__ = ["made_from", "validate_golden", "validate_images", "validate_reference"]
+__all__ = [
+    "Compared",
+    "about_package",
+    "assembled",
+    "check_unchanged",
+    "provider_of",
+    "roles_of_checkpoint",
+    "validate_against",
+    "validate_reference",
+    "variant_report",
+    "with_insides",
+]
 
 Progress = Callable[[int, int, str], None]
 _NUM_DETAILED = 8  # items of a task that are compared at every stage; all are at their answers
-
-
-def validate_golden(
-    package: Package, goldens: Sequence[Golden], variants: Sequence[str], gates: GateTable, progress: Progress
-) -> Report:
-    """Each variant against every case of the golden folders, of which there is at least one."""
-    reports: list[VariantReport] = []
-    provider = ""
-    for name in variants:
-        started = time.perf_counter()
-        # Golden activations are of unit scale, so float32 is held to absolute limits.
-        columns = {
-            kind: "fp32-unit" if column == "fp32" else column
-            for kind, column in stage_columns(package.variant(name)).items()
-        }
-        records: list[Comparison | NotCompared] = []
-        with ExitStack() as models:
-            loaded: dict[str | None, Model] = {}
-
-            def load(rule: str | None, name: str = name, loaded: dict[str | None, Model] = loaded) -> Model:
-                if rule not in loaded:
-                    loaded[rule] = models.enter_context(Model.load(package.path, name, video_rule=rule))
-                return loaded[rule]
-
-            for golden in goldens:
-                if "decoder" in package.manifest.roles:
-                    records += compare_golden(golden, load, gates.tie_margin[columns["generation"]], progress)
-                else:
-                    records += compare_image_golden(golden, load(None))
-            provider = _provider(load(None))
-        rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
-        reports.append(_variant_report(package, name, records, rows, time.perf_counter() - started))
-    reference = {"golden": ", ".join(golden.path.name for golden in goldens), "upstream": goldens[0].upstream}
-    samples = [f"{golden.path.name}/{case}" for golden in goldens for case in golden.cases]
-    return _report("golden", reference, package, provider, samples, gates, reports)
+_ANSWERS = "step_logits"  # where there is no task, every sample is compared at that stage
 
 
 def validate_reference(
@@ -85,34 +62,80 @@ def validate_reference(
     """Each variant against the checkpoint in PyTorch, over the samples (a task's items, if there is a task).
 
     `journal` keeps what is found while it goes on. `plan`: how much of the insides is looked at besides; None: nothing.
+    Raises PackageError for bytes that are not those of the manifest, InputError where they change meanwhile.
     """
     positions = package.manifest.positions
     rule = reference.video_rule if positions is not None and positions.video_rule is not None else None
+    judged = [hash_package(package, variants, progress), hash_checkpoint(checkpoint, progress)]
     columns = {name: stage_columns(package.variant(name)) for name in variants}
-    margins = {name: gates.tie_margin[columns[name]["generation"]] for name in variants}
+    compared = _compare(package, reference, samples, task, columns, gates, progress, journal, rule)
+    about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
+    report = assembled("reference", about, package, judged, compared, samples, task, gates)
+    if plan is not None:
+        insides = _look_inside(package, checkpoint, reference, samples, variants, rule, plan, progress)
+        report = with_insides(report, insides)
+    check_unchanged(judged)
+    return report
+
+
+def validate_against(
+    package: Package,
+    other: Model,
+    samples: Sequence[Sample],
+    task: Task | None,
+    variants: Sequence[str],
+    gates: GateTable,
+    progress: Progress,
+    journal: Journal | None = None,
+) -> Report:
+    """Each variant against a variant of another package, or of the same: no PyTorch. Both prepare their own prompts.
+
+    A stage is judged by the looser column of both sides. Raises as `validate_reference` does.
+    """
+    judged = [hash_package(package, variants, progress), hash_package(other.package, [other.variant.name], progress)]
+    reference = PackageReference(other, max(sample.max_new_tokens for sample in samples))
+    columns = {name: stage_columns(package.variant(name), other.variant) for name in variants}
+    compared = _compare(package, reference, samples, task, columns, gates, progress, journal, None, other)
+    report = assembled("against", about_package(other), package, judged, compared, samples, task, gates)
+    check_unchanged(judged)
+    return report
+
+
+Compared = tuple[list[VariantReport], list[GivenInputs], str]
+
+
+def _compare(
+    package: Package,
+    reference: AnsweringReference,
+    samples: Sequence[Sample],
+    task: Task | None,
+    columns: Mapping[str, Mapping[str, str]],
+    gates: GateTable,
+    progress: Progress,
+    journal: Journal | None,
+    rule: str | None,
+    prompter: Model | None = None,
+) -> Compared:
+    """All variants, what the reference was given, and the provider."""
+    margins = {name: gates.tie_margin[column["generation"]] for name, column in columns.items()}
     questions = Questions(samples, len(samples) if task is None else _NUM_DETAILED, task, margins)
-    found = compare_in_shards(package, reference, questions, variants, rule, journal, progress)
-    insides = (
-        None if plan is None else _look_inside(package, checkpoint, reference, samples, variants, rule, plan, progress)
-    )
+    found = compare_in_shards(package, reference, questions, list(columns), rule, journal, progress, prompter)
     reports: list[VariantReport] = []
-    for name in variants:
-        records = found[name].records
-        scored = None if task is None else score(task, found[name].answers)
-        rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns[name])
+    for name, one in found.items():
+        assert len(one.inputs) == len(one.answers) == len(samples), name
+        scored = None if task is None else score(task, _answers(task, one))
+        rows = stage_rows([r for r in one.records if isinstance(r, Comparison)], gates, columns[name])
         if scored is not None:
             rows += (_task_row(scored, gates, columns[name]["task"]),)
-        told = None if task is None else _statistics(package, found[name], margins[name])
-        reports.append(_variant_report(package, name, records, rows, found[name].seconds, scored, told))
-    about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
-    if task is not None:
-        about["task"] = task.name
+        told = _statistics(package, one, margins[name], _ANSWERS if task is None else ANSWER_STAGE)
+        report = variant_report(package, name, one.records, rows, one.seconds, scored, told)
+        reports.append(replace(report, inputs=prove(one.inputs)))
     provider = next((one.provider for one in found.values() if one.provider), "as in an earlier part of this run")
-    report = _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
-    return report if insides is None else _with_insides(report, insides)
+    return reports, next(iter(found.values())).inputs, provider
 
 
-def _with_insides(report: Report, insides: "Insides") -> Report:
+def with_insides(report: Report, insides: "Insides") -> Report:
+    """The report with what was found inside its variants."""
     variants = [
         replace(variant, layers=inside.layers, waterfall=inside.waterfall, bisect=inside.bisect)
         for variant in report.variants
@@ -135,14 +158,15 @@ def _look_inside(
     """The insides, on the first samples: the reference answers these once more, as nothing of it was kept."""
     from .insides import look_inside  # torch is needed from here on
 
-    roles = _roles(checkpoint)
+    roles = roles_of_checkpoint(checkpoint)
     with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
         with Model.load(package.path, variants[0], video_rule=rule) as model:
             runs = run_reference(reference, model, samples[: plan.num_samples], 0, Path(folder), progress)
         return look_inside(package, reference, roles, runs, variants, plan, progress)
 
 
-def _roles(checkpoint: Path) -> "Mapping[str, RoleSpec]":
+def roles_of_checkpoint(checkpoint: Path) -> "Mapping[str, RoleSpec]":
+    """What its family makes of it."""
     from ..export.checkpoint import Checkpoint
     from ..export.family import family_of, roles_of
 
@@ -150,58 +174,40 @@ def _roles(checkpoint: Path) -> "Mapping[str, RoleSpec]":
     return roles_of(family_of(opened.config, checkpoint / "config.json"), opened.config, opened.documents)
 
 
-def validate_images(
-    package: Package,
-    checkpoint: Path,
-    reference: ImageReference,
-    samples: Sequence[ImageSample],
-    variants: Sequence[str],
-    gates: GateTable,
-    progress: Progress,
-    plan: "Plan | None" = None,
-) -> Report:
-    """The same for a package without a decoder: embeddings and class scores of images."""
-    reports: list[VariantReport] = []
-    provider = ""
-    for name in variants:
-        started = time.perf_counter()
-        records: list[Comparison | NotCompared] = []
-        with Model.load(package.path, name) as model:
-            for number, sample in enumerate(samples):
-                progress(number, len(samples), f"{name}, {sample.id}")
-                records += compare_image_sample(model, sample, reference)
-            provider = _provider(model)
-        columns = stage_columns(package.variant(name))
-        rows = stage_rows([r for r in records if isinstance(r, Comparison)], gates, columns)
-        reports.append(_variant_report(package, name, records, rows, time.perf_counter() - started))
-    about = {"checkpoint": checkpoint.name, "code": reference.origin}
-    report = _report("reference", about, package, provider, [sample.id for sample in samples], gates, reports)
-    if plan is None:
-        return report
-    from .insides import look_inside_images
-
-    roles = _roles(checkpoint)
-    return _with_insides(report, look_inside_images(package, reference, roles, samples[-1], variants, plan, progress))
+def about_package(other: Model) -> dict[str, str]:
+    """A package as a reference, for the report."""
+    return {
+        "package": other.package.path.resolve().name,
+        "variant": other.variant.name,
+        "code": PackageReference.origin,
+    }
 
 
-def made_from(package: Package, checkpoint: Path) -> bool:
-    """Whether the weight files of a checkpoint folder are those that the package was made from, by sha256."""
-    files = [path for path in sorted(checkpoint.glob("*.safetensors")) if path.name in package.manifest.source.files]
-    return bool(files) and all(file_entry(path) == package.manifest.source.files[path.name] for path in files)
+def check_unchanged(judged: Sequence[JudgedFiles]) -> None:
+    """Raises InputError for a file that changed while it was judged."""
+    for files in judged:
+        files.check()
 
 
-def _provider(model: Model) -> str:
+def provider_of(model: Model) -> str:
     """What ONNX Runtime runs the graphs with, as the session says."""
     return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])
 
 
-def _statistics(package: Package, found: Found, tie_margin: float) -> Statistics:
-    """Of the answers of one variant: their errors along the reference's answers are the records of that stage."""
-    errors = {r.sample: r.logits for r in found.records if isinstance(r, Comparison) and r.stage == ANSWER_STAGE}
+def _answers(task: Task, found: Found) -> list[Answer]:
+    return [
+        Answer(item, asked.text, asked.reference_text, asked.num_tokens, asked.seconds)
+        for item, asked in zip(task.items, found.answers, strict=False)  # --limit asks the first of them alone
+    ]
+
+
+def _statistics(package: Package, found: Found, tie_margin: float, stage: str) -> Statistics:
+    """Of the answers of one variant: their errors along the reference's answers are the records of `stage`."""
+    errors = {r.sample: r.logits for r in found.records if isinstance(r, Comparison) and r.stage == stage}
     answers = [
-        AnswerEvidence(answer.item.id, logits, answer.reference_ids, answer.ids, answer.num_patches)
+        AnswerEvidence(answer.sample, logits, answer.reference_ids, answer.ids, answer.num_patches)
         for answer in found.answers
-        if (logits := errors[answer.item.id]) is not None
+        if (logits := errors[answer.sample]) is not None
     ]
     tokenizer = Tokenizer.from_file(str(package.path / "tokenizer.json"))
     return summarize(answers, tie_margin, classifier(tokenizer))
@@ -215,6 +221,8 @@ def _task_row(scored: TaskScore, gates: GateTable, column: str) -> StageRow:
         "changed": scored.changed,
         "num_items": float(scored.num_items),
     }
+    for name, found in scored.intervals.items():
+        values |= {f"{name}_ci_low": found.ci_low, f"{name}_ci_high": found.ci_high}
     return StageRow(
         stage="answers",
         kind="task",
@@ -227,7 +235,7 @@ def _task_row(scored: TaskScore, gates: GateTable, column: str) -> StageRow:
     )
 
 
-def _variant_report(
+def variant_report(
     package: Package,
     name: str,
     records: Sequence[Comparison | NotCompared],
@@ -236,6 +244,7 @@ def _variant_report(
     scored: TaskScore | None = None,
     told: Statistics | None = None,
 ) -> VariantReport:
+    """What is reported of a variant, from its records and their rows."""
     return VariantReport(
         name=name,
         precisions={role: graph.precision for role, graph in package.variant(name).graphs.items()},
@@ -249,23 +258,28 @@ def _variant_report(
     )
 
 
-def _report(
-    mode: Literal["golden", "reference"],
+def assembled(
+    mode: Literal["reference", "against"],
     reference: Mapping[str, str],
     package: Package,
-    provider: str,
-    samples: Sequence[str],
+    judged: Sequence[JudgedFiles],
+    compared: Compared,
+    samples: Sequence[Sample] | Sequence[ImageSample],
+    task: Task | None,
     gates: GateTable,
-    reports: Sequence[VariantReport],
 ) -> Report:
+    """The report of what was compared; `judged`: files of the package, then of the reference."""
+    reports, inputs, provider = compared
     return Report(
         mode=mode,
-        reference=reference,
+        reference=reference if task is None else {**reference, "task": task.name},
         package=package,
-        manifest_sha256=manifest_sha256(package),
+        files=judged[0].sha256,
+        reference_files=judged[1].sha256,
         provider=provider,
         versions=versions(),
-        samples=tuple(samples),
+        samples=tuple(sample.id for sample in samples),
         gates=gates,
         variants=tuple(reports),
+        inputs=tuple(inputs),
     )

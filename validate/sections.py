@@ -6,6 +6,7 @@ from markupsafe import Markup
 
 from .charts import Bar, Curve, Dot, bars, curves, dots
 from .page_parts import Document, Section, Table, cell, interval, kl_of, names, number, ratio
+from .report_text import inputs_line
 
 __all__ = ["answers", "bisect", "evidence", "gates", "layers", "pareto", "steps", "sweep", "waterfall"]
 
@@ -276,15 +277,23 @@ def gates(document: Document) -> Section:
 
 def evidence(document: Document) -> Section:
     package = document["package"]
-    files = [[f"package: {name}", digest] for name, digest in package.get("files", {}).items()]
-    sources = [[f"checkpoint: {name}", digest] for name, digest in package["source_files"].items()]
-    manifest = [["manifest", package["manifest_sha256"]]]
+    files = [
+        [f"{whose}: {name}", digest]
+        for whose, found in (
+            ("package", package["files"]),
+            ("reference", document["reference_files"]),
+            ("task", document["task_files"]),
+        )
+        for name, digest in found.items()
+    ]
+    proven = [(variant["name"], inputs_line(variant)) for variant in document["variants"]]
+    proof = " ".join(f"{name}: {text}." for name, text in proven if text)
     return Section(
         "evidence",
         "What was judged",
-        "The verdict holds for these bytes on this provider, and for nothing else.",
+        " ".join(filter(None, ["The verdict holds for these bytes on this provider, and for nothing else.", proof])),
         tables=(
             Table("Environment", ("part", "version"), [[k, str(v)] for k, v in document["versions"].items()], (1,)),
-            Table("sha256 of every file", ("file", "sha256"), [*manifest, *files, *sources], (1,), folded=True),
+            Table("sha256 of every file that was judged", ("file", "sha256"), files, (1,), folded=True),
         ),
     )

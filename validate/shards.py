@@ -9,17 +9,19 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..runtime.model import Model
 from ..runtime.package import Package
+from .answers import Asked, answer_freely, ask, compare_answer
 from .compare import Choices, Comparison, NotCompared
+from .inputs import GivenInputs
 from .journal import Journal
 from .metrics import LogitErrors, TensorErrors
-from .reference import ReferenceModel, ReferenceRun, compare_sample, run_reference
+from .reference import AnsweringReference, ReferenceRun, compare_sample, given_inputs, run_reference
 from .samples import Sample
-from .tasks import Answer, Task, ask
+from .tasks import Task
 
 __all__ = ["JOURNAL_TYPES", "Found", "Questions", "compare_in_shards"]
 
@@ -28,20 +30,7 @@ _SHARD = 32  # samples; an answer of 48 tokens over 150 000 words is 29 MB of lo
 _KEPT_OPEN = 2 << 30  # bytes of all variants together, up to which they stay loaded from shard to shard
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """An Answer without its item, which the task has."""
-
-    text: str
-    reference_text: str
-    num_tokens: int
-    seconds: float
-    ids: tuple[int, ...]
-    reference_ids: tuple[int, ...]
-    num_patches: int
-
-
-JOURNAL_TYPES = (Comparison, NotCompared, TensorErrors, LogitErrors, Choices, _Asked)
+JOURNAL_TYPES = (Comparison, NotCompared, TensorErrors, LogitErrors, Choices, GivenInputs, Asked)
 
 
 @dataclass
@@ -49,7 +38,8 @@ class Found:
     """What is known of one variant after all shards, in the order of the samples."""
 
     records: list[Comparison | NotCompared] = field(default_factory=list[Comparison | NotCompared])
-    answers: list[Answer] = field(default_factory=list[Answer])
+    answers: list[Asked] = field(default_factory=list[Asked])
+    inputs: list[GivenInputs] = field(default_factory=list[GivenInputs])
     provider: str = ""
     seconds: float = 0.0
 
@@ -66,14 +56,17 @@ class Questions:
 
 def compare_in_shards(
     package: Package,
-    reference: ReferenceModel,
+    reference: AnsweringReference,
     questions: Questions,
     variants: Sequence[str],
     video_rule: str | None,
     journal: Journal | None,
     progress: Progress,
+    prompter: Model | None = None,
 ) -> dict[str, Found]:
-    """Every sample of every variant against the reference."""
+    """Every sample of every variant against the reference. `prompter` prepares the reference's prompts, if it has a
+    runtime of its own; else that of the first variant does.
+    """
     found = {name: Found() for name in variants}
     total = len(questions.samples) * (1 + len(variants))
     keep = sum(package.size(name) for name in variants) <= _KEPT_OPEN
@@ -87,10 +80,10 @@ def compare_in_shards(
 
             with ExitStack() as shard:
                 scope = opened if keep else shard
-                for name, number, records, seconds in _shard(
-                    package, reference, questions, variants, numbers, video_rule, journal, models, scope, told
+                for name, records, seconds in _shard(
+                    package, reference, questions, variants, numbers, video_rule, journal, models, scope, told, prompter
                 ):
-                    _add(found[name], questions, number, records)
+                    _add(found[name], records)
                     found[name].seconds += seconds
                 for name in variants:
                     if name in models:
@@ -101,12 +94,12 @@ def compare_in_shards(
     return found
 
 
-Record = Comparison | NotCompared | _Asked
+Record = Comparison | NotCompared | GivenInputs | Asked
 
 
 def _shard(
     package: Package,
-    reference: ReferenceModel,
+    reference: AnsweringReference,
     questions: Questions,
     variants: Sequence[str],
     numbers: range,
@@ -115,8 +108,9 @@ def _shard(
     models: dict[str, Model],
     scope: ExitStack,
     progress: Progress,
-) -> Iterator[tuple[str, int, list[Record], float]]:
-    """(variant, number of the sample, its records, seconds that they took), variants one after the other."""
+    prompter: Model | None,
+) -> Iterator[tuple[str, list[Record], float]]:
+    """(variant, records of one sample, seconds that they took), variants one after the other."""
 
     def model_of(name: str) -> Model:
         if name not in models:
@@ -136,37 +130,39 @@ def _shard(
         num_detailed = sum(wanted[: max(questions.num_detailed - numbers.start, 0)])
         runs: dict[str, ReferenceRun] = {}
         if asked:
-            done = run_reference(reference, model_of(variants[0]), asked, num_detailed, Path(folder), progress)
+            runtime = prompter or model_of(variants[0])
+            done = run_reference(reference, runtime, asked, num_detailed, Path(folder), progress)
             runs = {run.sample.id: run for run in done}
         for index, name in enumerate(variants):
             for number, sample in zip(numbers, samples, strict=True):
                 progress(len(samples) * (1 + index) + number - numbers.start, 0, f"{name}, {sample.id}")
                 if journal is not None and (sample.id, name) not in missing:
-                    yield name, number, journal.read(sample.id, name), 0.0
+                    yield name, journal.read(sample.id, name), 0.0
                     continue
                 started = time.perf_counter()
                 records = _compare(model_of(name), name, questions, number, runs[sample.id])
                 if journal is not None:
                     journal.append(sample.id, name, records)
-                yield name, number, records, time.perf_counter() - started
+                yield name, records, time.perf_counter() - started
 
 
 def _compare(model: Model, name: str, questions: Questions, number: int, run: ReferenceRun) -> list[Record]:
-    records: list[Record] = []
+    prepared = model.prepare(run.sample.messages)
+    records: list[Record] = [*given_inputs(run, prepared)]
+    answer = answer_freely(model, prepared, run.sample)
     if number < questions.num_detailed:
-        records += compare_sample(model, run, questions.tie_margin[name])
+        records += compare_sample(model, prepared, run, answer.token_ids, questions.tie_margin[name])
     if questions.task is not None:
-        answer, record = ask(model, questions.task.items[number], run)
-        records += [record, _Asked(**{f.name: getattr(answer, f.name) for f in fields(_Asked)})]
-    return records
+        records.append(compare_answer(model, prepared, run))
+    return [*records, ask(model, prepared, run, answer)]
 
 
-def _add(found: Found, questions: Questions, number: int, records: Sequence[Record]) -> None:
+def _add(found: Found, records: Sequence[Record]) -> None:
     for record in records:
-        if isinstance(record, _Asked):
-            assert questions.task is not None
-            item = questions.task.items[number]
-            found.answers.append(Answer(item, **{f.name: getattr(record, f.name) for f in fields(_Asked)}))
+        if isinstance(record, Asked):
+            found.answers.append(record)
+        elif isinstance(record, GivenInputs):
+            found.inputs.append(record)
         else:
             found.records.append(record)
 

@@ -18,29 +18,20 @@ import numpy as np
 
 from ..quant.samples import SAMPLES_NAME, CalibrationSample, load_samples
 from ..runtime.errors import InputError
-from ..runtime.generate import Generation, GenerationOptions
 from ..runtime.messages import read_messages
-from ..runtime.model import Model
-from ..runtime.prepare import Prepared
-from ..runtime.sample import SamplingParams
 from ..runtime.schema import SchemaError, from_json
-from .compare import Comparison, compare_logits
 from .intervals import Ratio, ratio
-from .reference import ReferenceRun
 from .report import TaskScore
 from .samples import Sample
 from .scorers import SCORERS, Scorer
-from .stages import logits_without_cache
 
 __all__ = [
-    "ANSWER_STAGE",
     "TASK_NAME",
     "TASK_SCHEMA",
     "Answer",
     "Item",
     "Task",
     "TaskSettings",
-    "ask",
     "load_task",
     "score",
     "task_samples",
@@ -48,7 +39,6 @@ __all__ = [
 
 TASK_NAME = "task.json"
 TASK_SCHEMA = "vlmport-task/2"
-ANSWER_STAGE = "answer_logits"  # of the records of `ask`
 _ALL = 2**31  # samples
 _SOURCES = ("image", "image_url", "video", "video_url", "path", "url")  # of a message part
 
@@ -155,29 +145,6 @@ def task_samples(task: Task, folder: Path) -> tuple[Sample, ...]:
     )
 
 
-def ask(model: Model, item: Item, run: ReferenceRun) -> tuple[Answer, Comparison]:
-    """One item: the variant's free-running greedy answer, and its logits along the reference's answer.
-
-    The logits come from one prefill of prompt and answer, without the cache: the stage `cache` compares the two ways.
-    """
-    prepared = model.prepare(run.sample.messages)
-    generation = _answer(model, prepared, run.sample)
-    visual = model.features(prepared)
-    embeds = model.embed(prepared, None if visual is None else visual.features)
-    logits = logits_without_cache(model, prepared, embeds, run.generated_ids[:-1])
-    answer = Answer(
-        item=item,
-        text=generation.text,
-        reference_text=model.builder.tokenizer.decode(list(run.generated_ids), skip_special_tokens=True),
-        num_tokens=max(generation.timings.num_generated_tokens - 1, 0),
-        seconds=generation.timings.decode,
-        ids=tuple(generation.token_ids),
-        reference_ids=tuple(run.generated_ids),
-        num_patches=sum(len(patches.pixel_values) for patches in prepared.visuals),
-    )
-    return answer, compare_logits(item.id, ANSWER_STAGE, "decode", run.arrays()["step_logits"], logits)
-
-
 def score(task: Task, answers: Sequence[Answer]) -> TaskScore:
     """Adds up the answers of one variant, of which there is at least one."""
     count = len(answers)
@@ -278,11 +245,6 @@ def _absolute_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         else value
         for key, value in part.items()
     }
-
-
-def _answer(model: Model, prepared: Prepared, sample: Sample) -> Generation:
-    options = GenerationOptions(sample.max_new_tokens, SamplingParams(temperature=0.0), ignore_eos=sample.ignore_eos)
-    return model.stream_prepared(prepared, options).finish()
 
 
 def _record(answer: Answer) -> dict[str, Any]:

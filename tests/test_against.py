@@ -1,0 +1,115 @@
+"""Two packages, or two variants of one, without PyTorch: the same report as against a checkpoint."""
+
+import json
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vlmport.cli.main import main
+
+BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+
+
+@pytest.fixture(scope="module")
+def package(package_tiny_b, tmp_path_factory):
+    return shutil.copytree(package_tiny_b, tmp_path_factory.mktemp("against") / "package")
+
+
+@pytest.fixture(scope="module")
+def compared(package, tmp_path_factory):
+    """int4 and fp32 against fp32, in a process that has the runtime alone."""
+    folder = tmp_path_factory.mktemp("report")
+    arguments = ["validate", str(package), "--against", f"{package}:fp32", "--variant", "fp32", "int4"]
+    code = f"""
+        import sys
+        class Blocked:
+            def find_spec(self, name, path=None, target=None):
+                if name.split(".")[0] in {BLOCKED!r}:
+                    raise ModuleNotFoundError(name, name=name)
+        sys.meta_path.insert(0, Blocked())
+        from vlmport.cli.main import main
+        sys.exit(main({[*arguments, "--report", str(folder)]!r}))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done, json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_it_needs_the_runtime_alone_and_tells_all_stages(compared):
+    done, document = compared
+    assert done.returncode == 1  # int4 of random weights
+    assert document["mode"] == "against"
+    assert document["reference"]["variant"] == "fp32"
+    same, low = document["variants"]
+    assert {row["stage"] for row in low["rows"]} == {
+        "inputs", "pixel_values", "image_grid_thw", "position_ids", "vision", "projector", "inputs_embeds",
+        "prefill_logits", "step_logits", "cache", "generated_ids",
+    }  # fmt: skip
+    assert (same["outcome"], low["outcome"]) == ("PASS", "FAIL")
+
+
+def test_a_variant_against_itself_is_equal_to_the_bit(compared):
+    same, low = compared[1]["variants"]
+    rows = {row["stage"]: row["values"] for row in same["rows"]}
+    assert rows["vision"]["max_abs"] == rows["step_logits"]["max_abs"] == 0
+    assert rows["generated_ids"]["match"] == 1
+    assert same["statistics"]["kl"]["max"] == 0
+    assert low["statistics"]["kl"]["mean"] > 1e-4
+    assert low["statistics"]["kl"]["num_samples"] == compared[1]["num_samples"]
+
+
+def test_inputs_are_proven_equal(compared):
+    done, document = compared
+    for variant in document["variants"]:
+        assert variant["inputs"]["num_equal"] == document["num_samples"] == len(document["inputs"]["samples"])
+        assert variant["inputs"]["sha256"] == document["inputs"]["sha256"]
+    assert f"inputs equal on {document['num_samples']} of {document['num_samples']} samples" in done.stdout
+
+
+def test_a_package_that_reads_pictures_otherwise_fails_at_its_inputs(package, tmp_path, capsys):
+    other = shutil.copytree(package, tmp_path / "other")
+    manifest = json.loads((other / "vlmport.json").read_text())
+    manifest["image"]["mean"][0] += 1e-3
+    (other / "vlmport.json").write_text(json.dumps(manifest))
+    arguments = ["validate", str(package), "--against", str(other), "--variant", "fp32", "--limit", "2"]
+    assert main([*arguments, "--report", str(tmp_path / "report")]) == 1
+    document = json.loads((tmp_path / "report" / "report.json").read_text())
+    (variant,) = document["variants"]
+    assert variant["inputs"]["num_equal"] == 1  # the text alone
+    assert [each["input"] for each in variant["inputs"]["different"]] == ["pixel_values"]
+    outcomes = {row["stage"]: row["outcome"] for row in variant["rows"]}
+    assert outcomes["inputs"] == outcomes["pixel_values"] == "FAIL"
+    assert "not equal: pixel_values of picture" in capsys.readouterr().out
+
+
+def test_a_task_is_asked_of_both(package, calibration, tmp_path, capsys):
+    task = shutil.copytree(calibration, tmp_path / "task")
+    lines = (task / "samples.jsonl").read_text().splitlines()[:2]
+    (task / "samples.jsonl").write_text("\n".join(lines) + "\n")
+    (task / "task.json").write_text(json.dumps({"schema": "vlmport-task/2", "max_new_tokens": 4}))
+    arguments = ["validate", str(package), "--against", f"{package}:fp32", "--variant", "int8", "--task", str(task)]
+    main([*arguments, "--report", str(tmp_path / "report")])
+    assert "reference, fp32" in capsys.readouterr().out
+    document = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert document["variants"][0]["task"]["num_items"] == 2
+    assert set(document["task_files"]) == {"samples.jsonl", "task.json"}
+
+
+def test_the_variant_itself_is_not_among_those_compared(package, tmp_path):
+    arguments = ["validate", str(package), "--against", f"{package}:int8", "--limit", "1"]
+    main([*arguments, "--report", str(tmp_path)])
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert [variant["name"] for variant in document["variants"]] == ["fp32", "int4"]
+    assert {row["column"] for row in document["variants"][0]["rows"]} == {"int8"}  # fp32 judged by the noise of int8
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [("nowhere", "not a package"), ("{package}:int3", "no variant 'int3'"), ("{package}:", "no variant ''")],
+)
+def test_a_reference_that_is_none_is_one_line(package, other, words, capsys):
+    assert main(["validate", str(package), "--against", other.format(package=package)]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""The bytes that a verdict is about: sha256 of every file that takes part, read when it is judged.
+
+The manifest has hashes too, but they say what the files should be. Here they are read, so that a report names what was
+there; and read again, where a file has changed by the time the verdict is.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..runtime.errors import InputError, PackageError
+from ..runtime.package import MANIFEST_NAME, Package, file_entry
+
+__all__ = ["JudgedFiles", "changed_since", "files_of", "hash_checkpoint", "hash_package", "hash_task"]
+
+Progress = Callable[[int, int, str], None]
+_CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
+_TASK_FILES = ("samples.jsonl", "task.json")  # their media are hashed as each sample's inputs
+
+
+@dataclass(frozen=True)
+class JudgedFiles:
+    """sha256 by name of some files of a folder, and what tells that they are still the same."""
+
+    folder: Path
+    sha256: Mapping[str, str]
+    states: Mapping[str, tuple[int, int, int]]  # size, time of the last change, inode
+
+    def check(self) -> None:
+        """Raises InputError for a file that has other bytes than when it was read."""
+        for name, state in self.states.items():
+            file = self.folder / name
+            if not file.is_file() or (_state(file) != state and file_entry(file).sha256 != self.sha256[name]):
+                raise InputError(f"{file}: changed while it was validated, so there is no verdict; validate again")
+
+
+def files_of(package: Package, variants: Iterable[str]) -> tuple[str, ...]:
+    """Names of what some variants are made of: their graphs and weights, and all that is no other variant's."""
+    manifest = package.manifest
+    graphs = {
+        name: {f"onnx/{file}" for graph in variant.graphs.values() for file in graph.files}
+        for name, variant in manifest.variants.items()
+    }
+    wanted = {file for name in variants for file in graphs[name]}
+    others = {file for files in graphs.values() for file in files} - wanted
+    return (MANIFEST_NAME, *(name for name in manifest.files if name not in others))
+
+
+def hash_package(package: Package, variants: Iterable[str], progress: Progress) -> JudgedFiles:
+    """Reads the files of these variants. Raises PackageError for one that is not what the manifest says."""
+    judged = _hash(package.path, files_of(package, variants), progress)
+    for name, sha256 in judged.sha256.items():
+        if name != MANIFEST_NAME and sha256 != package.manifest.files[name].sha256:
+            raise PackageError(
+                f"{package.path / name}: content differs from its sha256 in {MANIFEST_NAME}; copy it again"
+            )
+    return judged
+
+
+def hash_checkpoint(folder: Path, progress: Progress) -> JudgedFiles:
+    """Reads the files of a checkpoint that a reference is made from: weights, configuration, tokenizer, code."""
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.suffix in _CHECKPOINT_SUFFIXES)
+    return _hash(folder, names, progress)
+
+
+def hash_task(folder: Path) -> dict[str, str]:
+    """Questions and settings of a task folder."""
+    return {name: file_entry(folder / name).sha256 for name in _TASK_FILES if (folder / name).is_file()}
+
+
+def changed_since(package: Package, variant: str, judged: Mapping[str, str], since_ns: int | None) -> tuple[str, ...]:
+    """Files of a variant that are not the judged ones; all of them are read, or those written at `since_ns` or later.
+
+    A file that the manifest has another hash for needs no reading, nor does one that was not judged.
+    """
+    changed: list[str] = []
+    for name in files_of(package, [variant]):
+        entry, file = package.manifest.files.get(name), package.path / name
+        if name not in judged or (entry is not None and entry.sha256 != judged[name]):
+            changed.append(name)
+            continue
+        is_read = entry is None or since_ns is None or file.stat().st_mtime_ns >= since_ns
+        if is_read and file_entry(file).sha256 != judged[name]:
+            changed.append(name)
+    return tuple(changed)
+
+
+def _hash(folder: Path, names: Iterable[str], progress: Progress) -> JudgedFiles:
+    names = tuple(names)
+    sha256: dict[str, str] = {}
+    states: dict[str, tuple[int, int, int]] = {}
+    for number, name in enumerate(names):
+        progress(number, len(names), f"reading {name}")
+        states[name] = _state(folder / name)  # before its bytes: a later change is never missed
+        sha256[name] = file_entry(folder / name).sha256
+    progress(len(names), len(names), "read")
+    return JudgedFiles(folder, sha256, states)
+
+
+def _state(file: Path) -> tuple[int, int, int]:
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns, found.st_ino
