@@ -1,7 +1,8 @@
 """`vlmport verify`: is this package whole, and does this box compute what the box of the export did?
 
-First the sha256 of every file, then the bundled self-check on each variant. Needs the runtime alone. Exits with 1 when
-a stage differs beyond kernels' noise, 2 when the package is damaged or has no self-check.
+First the sha256 of every file, then the bundled self-check on each variant; with --variant, of what is that variant's.
+Needs the runtime alone. Exits with 1 when a stage differs beyond kernels' noise, 2 when the package is damaged or has
+no self-check.
 """
 
 import argparse
@@ -20,7 +21,7 @@ __all__ = ["add_arguments", "execute"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("package", metavar="PACKAGE", help="folder that `vlmport export` made")
-    parser.add_argument("--variant", metavar="V", help="run the self-check of this one only (default: all)")
+    parser.add_argument("--variant", metavar="V", help="files and self-check of this one only (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -28,8 +29,9 @@ def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     package = Package.open(args.package)
     with Progress("verify") as progress:
-        names = list(package.manifest.files)
-        package.verify(lambda name: progress(names.index(name), len(names), name))
+        variants = package.manifest.variants if args.variant is None else [package.variant(args.variant).name]
+        names = package.files_of(variants)
+        package.verify(lambda name: progress(names.index(name), len(names), name), names)
         checked = check_selfcheck(package, args.variant, progress)
     outcomes: dict[str, Outcome] = {name: _outcome(rows) for name, rows in checked.items()}
     outcome = worst(outcomes.values()) or "FAIL"

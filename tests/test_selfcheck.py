@@ -182,3 +182,14 @@ def test_it_waits_for_whoever_adds_a_variant(package):
     writer.join(60)
     assert not writer.is_alive()
     assert (package / "parity" / "golden" / "selfcheck.json").stat().st_mtime_ns > before
+
+
+def test_of_one_variant_only_its_own_files_are_read(package, capsys):
+    """On a box that is to run int4, gigabytes of float32 beside it are no matter."""
+    file = package / "onnx" / "decoder.onnx_data"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["verify", str(package), "--variant", "int4"]) == 0
+    assert main(["verify", str(package)]) == 2
+    assert f"{file}: content differs" in capsys.readouterr().err

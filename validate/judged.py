@@ -5,14 +5,14 @@ there; and read again, where a file has changed by the time the verdict is.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.errors import InputError, PackageError
-from ..runtime.package import MANIFEST_NAME, Package, file_entry
+from ..runtime.package import MANIFEST_NAME, Package, file_entry, read_entries
 
-__all__ = ["JudgedFiles", "changed_since", "files_of", "hash_checkpoint", "hash_package", "hash_task"]
+__all__ = ["JudgedFiles", "changed_since", "hash_checkpoint", "hash_package", "hash_task"]
 
 Progress = Callable[[int, int, str], None]
 _CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
@@ -35,21 +35,9 @@ class JudgedFiles:
                 raise InputError(f"{file}: changed while it was validated, so there is no verdict; validate again")
 
 
-def files_of(package: Package, variants: Iterable[str]) -> tuple[str, ...]:
-    """Names of what some variants are made of: their graphs and weights, and all that is no other variant's."""
-    manifest = package.manifest
-    graphs = {
-        name: {f"onnx/{file}" for graph in variant.graphs.values() for file in graph.files}
-        for name, variant in manifest.variants.items()
-    }
-    wanted = {file for name in variants for file in graphs[name]}
-    others = {file for files in graphs.values() for file in files} - wanted
-    return (MANIFEST_NAME, *(name for name in manifest.files if name not in others))
-
-
 def hash_package(package: Package, variants: Iterable[str], progress: Progress) -> JudgedFiles:
     """Reads the files of these variants. Raises PackageError for one that is not what the manifest says."""
-    judged = _hash(package.path, files_of(package, variants), progress)
+    judged = _hash(package.path, (MANIFEST_NAME, *package.files_of(variants)), progress)
     for name, sha256 in judged.sha256.items():
         if name != MANIFEST_NAME and sha256 != package.manifest.files[name].sha256:
             raise PackageError(
@@ -75,7 +63,7 @@ def changed_since(package: Package, variant: str, judged: Mapping[str, str], sin
     A file that the manifest has another hash for needs no reading, nor does one that was not judged.
     """
     changed: list[str] = []
-    for name in files_of(package, [variant]):
+    for name in (MANIFEST_NAME, *package.files_of([variant])):
         entry, file = package.manifest.files.get(name), package.path / name
         if name not in judged or (entry is not None and entry.sha256 != judged[name]):
             changed.append(name)
@@ -86,14 +74,10 @@ def changed_since(package: Package, variant: str, judged: Mapping[str, str], sin
     return tuple(changed)
 
 
-def _hash(folder: Path, names: Iterable[str], progress: Progress) -> JudgedFiles:
-    names = tuple(names)
-    sha256: dict[str, str] = {}
-    states: dict[str, tuple[int, int, int]] = {}
-    for number, name in enumerate(names):
-        progress(number, len(names), f"reading {name}")
-        states[name] = _state(folder / name)  # before its bytes: a later change is never missed
-        sha256[name] = file_entry(folder / name).sha256
+def _hash(folder: Path, names: Sequence[str], progress: Progress) -> JudgedFiles:
+    states = {name: _state(folder / name) for name in names}  # before their bytes: a later change is never missed
+    entries = read_entries(folder, names, lambda name: progress(names.index(name), len(names), f"reading {name}"))
+    sha256 = {name: entry.sha256 for name, entry in entries}
     progress(len(names), len(names), "read")
     return JudgedFiles(folder, sha256, states)
 
