@@ -1,135 +1,130 @@
-"""Balancing: large channels of a norm move into the weights of the linears behind it, where they cost nothing.
+"""Balancing: factors, found without data, that share the work of rounding between activations and weights.
 
-Dims: N outputs and K inputs of a linear; the norm has K channels.
+Dims: N outputs and K inputs of a linear, C channels of a fold (quant/folds.py).
 
-    y = norm(x) * gamma + beta,  y @ W.T    ->    y' = norm(x) * (gamma / s) + beta / s,  y' @ (W * s).T
-    s [K] = sqrt((|gamma| + |beta|) / largest |w| of the input), to the nearest power of two
+    s [C] = sqrt(reach / need), to the nearest power of two     what writes a channel is divided by s, what reads it
+                                                                multiplied
+    reach [C]  of a norm |gamma| + |beta|; of a linear |w| of the row, over inputs of their own reach, + |bias|
+    need [C]   root of the sum over the readers' rows of (w / |w| of the row)^2
 
-An int8-dynamic linear rounds a token with one scale, so a few large channels leave the others few codes, while a weight
-has a scale for each of its N channels. This is SmoothQuant (arXiv 2211.10438) at strength 0.5, with |gamma| + |beta| in
-place of measured activations, so that no data is needed; outliers of the stream itself stay what they are. Powers of
-two round nothing: in float the function is the same to the bit.
+An activation that is rounded to 8 bits shares its scale with all channels of a token, or with those of a block, so a
+few large channels leave the others few codes; a weight has a scale for each of its rows, or for each block of one. At s
+both lose alike. This is SmoothQuant (arXiv 2211.10438) at strength 0.5, the weights that write an activation telling
+how large it will be, as in cross-layer equalization (arXiv 1906.04721, equation 11): no data is needed. Outliers of the
+residual stream itself, behind which no linear stands alone, stay what they are. Powers of two round nothing: in float
+the function is the same to the bit, but for numbers too small to be normal.
 """
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable
 
 import numpy as np
 import onnx_ir as ir
 
-from .data_file import WeightSource
-from .rewrite import StoredTensor
+from .data_file import Progress
+from .folds import Fold, find_folds
+from .found import Factors, vector_of
+from .recipe import Recipe, Target, WeightFormat
 from .rtn import Float32
+from .source import WeightSource
 
-__all__ = ["BalancedSource", "balance", "balancing_factors"]
+__all__ = ["TiedWeight", "balance", "balancing_factors"]
 
-# Inputs of a norm that have a value a channel: the weight and, where there may be one, the bias.
-_NORM_INPUTS = {("", "RMSNormalization"): (1,), ("", "LayerNormalization"): (1, 2)}
 _LARGEST_EXPONENT = 16  # of a factor; channels further apart than that are as good as zero
 _CHUNK_BYTES = 4 << 20  # float32 bytes that are read at once
 
-
-@dataclass(frozen=True)
-class BalancedSource:
-    """A WeightSource whose weights are those of `source`, their columns multiplied by `factors`, by parameter [K]."""
-
-    source: WeightSource
-    factors: dict[str, Float32]
-
-    def shape(self, parameter: str) -> tuple[int, ...]:
-        return self.source.shape(parameter)
-
-    def origin(self, parameter: str) -> Hashable:
-        origin, factors = self.source.origin(parameter), self.factors.get(parameter)
-        return origin if factors is None else (origin, factors.tobytes())
-
-    def rows(self, parameter: str, start: int, stop: int) -> Float32:
-        rows, factors = self.source.rows(parameter, start, stop), self.factors.get(parameter)
-        return rows if factors is None else rows * factors
+TiedWeight = tuple[Hashable, WeightFormat | None]  # where a weight comes from, and how it is stored
 
 
 def balance(
-    model: ir.Model, stored: tuple[StoredTensor, ...], source: WeightSource
-) -> tuple[tuple[StoredTensor, ...], WeightSource]:
-    """Balances, in a graph that `rewrite` gave, each norm that only linears read whose format says `balance`.
+    graph: ir.Graph,
+    role: str,
+    recipe: Recipe,
+    target: Target,
+    source: WeightSource,
+    tied: Collection[TiedWeight] = (),
+    progress: Progress | None = None,
+) -> Factors:
+    """The factors of each fold of a float graph all of whose readers say `balance`; the graph is left as it is.
 
-    The norms' values become constants of the graph, whether they were parameters or constants before. Gives what else
-    is to be stored, and the source of it; weights are read once more here, some rows at a time.
+    Weights that are `tied` are stored once, for two graphs, and stay as they are. So do all for cuda, whose kernels
+    round no activations. Weights are read once more here, some rows at a time, the writers that read no fold too.
     """
-    by_name = {tensor.name: tensor for tensor in stored if tensor.format is not None and tensor.format.balance}
-    factors: dict[str, Float32] = {}
-    balanced: set[str] = set()
-    for node in model.graph if by_name else ():
-        weights = _weights_behind(node, by_name)
-        values = _channel_values(model.graph, node)
-        if not weights or not values:
+    factors = Factors()
+    formats = {name: format for name in graph.initializers if (format := recipe.format_of(role, name, target))}
+    if target != "cpu" or not any(format.balance for format in formats.values()):
+        return factors
+    sizes = _Sizes(graph, source)
+    for fold in find_folds(graph):
+        readers = [formats.get(name) for name in fold.readers]
+        if not all(
+            format is not None and format.balance and (source.origin(name), format.stored) not in tied
+            for name, format in zip(fold.readers, readers, strict=True)
+        ):
             continue
-        largest_K = np.maximum.reduce([_largest_of_inputs(weight, source) for weight in weights])
-        arrays = [_read(value, source) for value in values]
-        factors_K = balancing_factors(np.add.reduce([np.abs(array_K) for array_K in arrays]), largest_K)
-        for value, array_K in zip(values, arrays, strict=True):
-            value.const_value = ir.Tensor(array_K / factors_K, name=value.name)
-            balanced.add(str(value.name))
-        factors |= dict.fromkeys(weights, factors_K)
-    if not factors:
-        return stored, source
-    return tuple(tensor for tensor in stored if tensor.name not in balanced), BalancedSource(source, factors)
+        if progress is not None:
+            progress(0, 0, fold.readers[0])
+        reach_C = sizes.reach(fold)
+        factors_C = balancing_factors(reach_C, sizes.need(fold, reach_C))
+        factors.add(fold, factors_C, graph, source)
+    return factors
 
 
-def balancing_factors(reach_K: Float32, largest_K: Float32) -> Float32:
-    """s [K] from |gamma| + |beta| and the largest |w| of each input; 1 where either is 0 or not finite."""
-    factors_K = np.ones_like(reach_K)
-    usable = np.isfinite(reach_K) & np.isfinite(largest_K) & (reach_K != 0) & (largest_K != 0)
+def balancing_factors(reach_C: Float32, need_C: Float32) -> Float32:
+    """s [C], whose median is 1; 1 where reach or need is 0 or not finite."""
+    factors_C = np.ones_like(reach_C)
+    usable = np.isfinite(reach_C) & np.isfinite(need_C) & (reach_C != 0) & (need_C != 0)
     if usable.any():
-        exponents = (np.log2(reach_K[usable]) - np.log2(largest_K[usable])) / 2
+        exponents = (np.log2(reach_C[usable]) - np.log2(need_C[usable])) / 2
         # One factor for all channels changes nothing, so the middle one is 1 and values keep their size.
         exponents = np.clip(np.rint(exponents - np.median(exponents)), -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-        factors_K[usable] = np.ldexp(np.float32(1), exponents.astype(np.int32))
-    return factors_K
+        factors_C[usable] = np.ldexp(np.float32(1), exponents.astype(np.int32))
+    return factors_C
 
 
-def _weights_behind(node: ir.Node, by_name: dict[str, StoredTensor]) -> tuple[str, ...]:
-    """The parameters of the linears that read a norm, or none where anything else reads it or them."""
-    if (node.domain, node.op_type) not in _NORM_INPUTS or node.outputs[0].is_graph_output():
-        return ()
-    readers = node.outputs[0].consumers()
-    if len(readers) != 1 or readers[0].op_type != "QuantizeTokens":
-        return ()
-    linears = {user for output in readers[0].outputs for user in output.consumers()}
-    weights: dict[str, None] = {}
-    for linear in sorted(linears, key=lambda linear: str(linear.name)):
-        codes = linear.inputs[2] if linear.op_type == "IntegerLinear" else None
-        if codes is None or codes.name not in by_name or not linears.issuperset(codes.consumers()):
-            return ()
-        weights[by_name[str(codes.name)].parameter] = None
-    return tuple(weights)
+class _Sizes:
+    """How large rows and columns of weights are, each weight read once."""
 
+    def __init__(self, graph: ir.Graph, source: WeightSource) -> None:
+        self._graph, self._source = graph, source
+        self._rows: dict[str, Float32] = {}  # squares, by weight, [N]
+        self._columns: dict[str, Float32] = {}  # squares of what is relative to the rows, [K]
 
-def _channel_values(graph: ir.Graph, node: ir.Node) -> list[ir.Value]:
-    """The norm's weight and bias, or none where one is not an initializer of its own with a float32 a channel."""
-    inputs = [node.inputs[i] for i in _NORM_INPUTS.get((node.domain, node.op_type), ()) if i < len(node.inputs)]
-    values = [value for value in inputs if value is not None]
-    for value in values:
-        is_own = value.name in graph.initializers and len(value.uses()) == 1 and not value.is_graph_input()
-        if not is_own or value.dtype != ir.DataType.FLOAT or value.shape is None or len(value.shape) != 1:
-            return []
-    return values
+    def reach(self, fold: Fold) -> Float32:
+        """How large the channels of a fold may be, [C]."""
+        reach_C = np.zeros(fold.num_channels, np.float32)
+        for rows in fold.writers:
+            sizes = vector_of(self._graph, self._source, rows.parameter)
+            if sizes is None:
+                self._read(rows.parameter, None)
+                sizes = np.sqrt(self._rows[rows.parameter])
+            reach_C += np.abs(sizes[rows.start : rows.start + fold.num_channels])
+        return reach_C
 
+    def need(self, fold: Fold, reach_C: Float32) -> Float32:
+        """How large the columns are that read each channel, [C]."""
+        need_C = np.zeros(fold.num_channels, np.float32)
+        for name in fold.readers:
+            self._read(name, reach_C[fold.channels])
+            np.add.at(need_C, fold.channels, self._columns[name])
+        return np.sqrt(need_C)
 
-def _read(value: ir.Value, source: WeightSource) -> Float32:
-    """The values of a norm's weight or bias [K]: a parameter of a checkpoint, or a constant of a stored graph."""
-    if value.const_value is not None:
-        return value.const_value.numpy()
-    name = str(value.name)
-    return source.rows(name, 0, source.shape(name)[0])
-
-
-def _largest_of_inputs(weight: str, source: WeightSource) -> Float32:
-    """The largest |w| of each input of a weight, [K]."""
-    num_rows, num_columns = source.shape(weight)
-    largest_K = np.zeros(num_columns, np.float32)
-    step = max(1, _CHUNK_BYTES // (4 * num_columns))
-    for start in range(0, num_rows, step):
-        rows = source.rows(weight, start, min(start + step, num_rows))
-        np.maximum(largest_K, np.maximum(rows.max(axis=0), -rows.min(axis=0)), out=largest_K)
-    return largest_K
+    def _read(self, name: str, reach_K: Float32 | None) -> None:
+        """Reads a weight for its rows and its columns; one that was read for its rows alone is read again."""
+        if name in self._columns or (reach_K is None and name in self._rows):
+            return
+        num_rows, num_columns = self._source.shape(name)
+        squares_N = np.empty(num_rows, np.float32)
+        columns_K = np.zeros(num_columns, np.float32)
+        weights_K = np.ones(num_columns, np.float32) if reach_K is None else reach_K**2
+        step = max(1, _CHUNK_BYTES // (4 * num_columns))
+        for start in range(0, num_rows, step):
+            stop = min(start + step, num_rows)
+            squares = np.square(self._source.rows(name, start, stop))
+            squares_N[start:stop] = squares @ weights_K
+            if reach_K is not None:
+                inverse_N = np.zeros(stop - start, np.float32)
+                np.divide(1, squares_N[start:stop], out=inverse_N, where=squares_N[start:stop] > 0)
+                columns_K += inverse_N @ squares
+        self._rows[name] = squares_N
+        if reach_K is not None:
+            self._columns[name] = columns_K

@@ -198,7 +198,7 @@ def _fold(fold: Fold, factors_C: torch.Tensor, stage: Stage, inputs: Mapping[str
     columns = factors_C[torch.from_numpy(fold.channels)]
     for name in fold.readers:
         stage.parameters[name].data *= columns
-        _multiply(found.column_factors, name, columns)
+        _multiply(found.factors.column_factors, name, columns)
     _inputs_of(fold, inputs).divide(columns)
     for rows in fold.writers:
         parameter = stage.parameters[rows.parameter]
@@ -206,10 +206,10 @@ def _fold(fold: Fold, factors_C: torch.Tensor, stage: Stage, inputs: Mapping[str
         inverse[rows.start : rows.start + len(factors_C)] = 1 / factors_C
         if parameter.dim() == 1:
             parameter.data *= inverse
-            found.vectors[rows.parameter] = parameter.data.numpy().copy()
+            found.factors.vectors[rows.parameter] = parameter.data.numpy().copy()
         else:
             parameter.data *= inverse[:, None]
-            _multiply(found.row_factors, rows.parameter, inverse)
+            _multiply(found.factors.row_factors, rows.parameter, inverse)
 
 
 def _multiply(factors: dict[str, Float32], name: str, more: torch.Tensor) -> None:

@@ -80,7 +80,7 @@ def _fold(value: ir.Value) -> Fold | None:
     if value.is_graph_output() or not all(is_linear(node) and node.inputs[0] is value for node in linears):
         return None
     weights = [weight for node in linears if (weight := node.inputs[1]) is not None]
-    if any(len(weight.uses()) != 1 for weight in weights):
+    if any(len(weight.uses()) != 1 or weight.const_value is not None for weight in weights):
         return None
     readers = tuple(dict.fromkeys(str(weight.name) for weight in weights))
     shape = weights[0].shape
@@ -153,7 +153,7 @@ def _rows(value: ir.Value | None, last_axis: int = -1) -> tuple[tuple[Rows, ...]
         node = product.producer()
     if node is None or not is_linear(node) or (weight := node.inputs[1]) is None or weight.shape is None:
         return None
-    if len(weight.uses()) != 1:
+    if len(weight.uses()) != 1 or weight.const_value is not None:
         return None
     num_rows = int(weight.shape.numpy()[0])
     stop = num_rows if stop is None else min(stop, num_rows)

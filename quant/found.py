@@ -12,12 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from .folds import Fold
+from .kv_cache import note_cache_factors
 from .pack import Piece, pack_codes, pack_zero_points
 from .recipe import WeightFormat
 from .rtn import Codes, Float32
 from .source import WeightSource
 
-__all__ = ["FactoredSource", "FoundCodes", "FoundRole"]
+__all__ = ["FactoredSource", "Factors", "FoundCodes", "FoundRole", "vector_of"]
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,55 @@ class FactoredSource:
         return rows if factors is None else rows * factors[start:stop, None]
 
 
+def vector_of(graph: ir.Graph, source: WeightSource, parameter: str) -> Float32 | None:
+    """The values of a norm or a bias, a parameter of a checkpoint or a constant of a stored graph; None of a matrix."""
+    value = graph.initializers[parameter].const_value
+    if value is not None:
+        return value.numpy().astype(np.float32)
+    size, *others = source.shape(parameter)
+    return None if others else source.rows(parameter, 0, size)
+
+
+@dataclass
+class Factors:
+    """What folds move between the parameters of a float graph."""
+
+    vectors: dict[str, Float32] = field(default_factory=dict[str, Float32])  # norms and biases, as they are then
+    row_factors: dict[str, Float32] = field(default_factory=dict[str, Float32])
+    column_factors: dict[str, Float32] = field(default_factory=dict[str, Float32])
+
+    def add(self, fold: Fold, factors_C: Float32, graph: ir.Graph, source: WeightSource) -> None:
+        """Factors [C] of one fold, of a graph that has none yet."""
+        for name in fold.readers:
+            self.column_factors[name] = factors_C[fold.channels]
+        for rows in fold.writers:  # parts of one parameter may be written by several folds
+            name, written = rows.parameter, self.vectors
+            if name not in written and (vector := vector_of(graph, source, name)) is not None:
+                written[name] = vector.copy()
+            if name not in written:
+                written = self.row_factors
+                written.setdefault(name, np.ones(source.shape(name)[0], np.float32))
+            written[name][rows.start : rows.start + fold.num_channels] /= factors_C
+
+    def apply(self, model: ir.Model, source: WeightSource) -> WeightSource:
+        """Puts the vectors into a float graph as constants; gives the source of the other weights."""
+        for name, array in self.vectors.items():
+            value = model.graph.initializers[name]
+            assert value.dtype is not None, name
+            value.const_value = ir.Tensor(array.astype(value.dtype.numpy()), name=name)
+        note_cache_factors(model, self.column_factors)
+        if not self.row_factors and not self.column_factors:
+            return source
+        return FactoredSource(source, self.row_factors, self.column_factors)
+
+
 @dataclass
 class FoundRole:
     """Of one role; `quantize_stage` fills it."""
 
     folder: Path  # of the files of codes
     codes: dict[str, FoundCodes] = field(default_factory=dict[str, FoundCodes])
-    vectors: dict[str, Float32] = field(default_factory=dict[str, Float32])  # norms and biases that folds changed
-    row_factors: dict[str, Float32] = field(default_factory=dict[str, Float32])
-    column_factors: dict[str, Float32] = field(default_factory=dict[str, Float32])
+    factors: Factors = field(default_factory=Factors)
     # Of keys and of values of each layer: the largest absolute value a channel, [key/value heads, head size].
     cache: list[tuple[Float32, Float32]] = field(default_factory=list[tuple[Float32, Float32]])
 
@@ -96,9 +138,5 @@ class FoundRole:
         self.codes[parameter] = FoundCodes.write(self.folder, len(self.codes), codes, format)
 
     def apply(self, model: ir.Model, source: WeightSource) -> WeightSource:
-        """Puts the vectors into a float graph as constants; gives the source of the other weights."""
-        for name, array in self.vectors.items():
-            value = model.graph.initializers[name]
-            assert value.dtype is not None, name
-            value.const_value = ir.Tensor(array.astype(value.dtype.numpy()), name=name)
-        return FactoredSource(source, self.row_factors, self.column_factors)
+        """Puts the factors into a float graph; gives the source of its weights."""
+        return self.factors.apply(model, source)

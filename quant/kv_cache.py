@@ -10,16 +10,17 @@ what is larger than anything that calibration saw is clipped.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from ..runtime.errors import RecipeError
 from .recipe import CacheFormat, Target
+from .rewrite import is_linear
 from .rtn import Float32
 
-__all__ = ["cache_scales", "quantize_cache"]
+__all__ = ["cache_scales", "note_cache_factors", "quantize_cache"]
 
 _TOP = 127
 _SMALLEST = 1e-8  # of a scale: a channel that is always 0 has some
@@ -67,3 +68,25 @@ def quantize_cache(
         for name in ("k_quant_type", "v_quant_type"):
             node.attributes[name] = ir.AttrString(name, _TYPES[format.scales])
         node.attributes["kv_cache_bit_width"] = ir.AttrInt64("kv_cache_bit_width", format.bits)
+
+
+def note_cache_factors(model: ir.Model, column_factors: Mapping[str, Float32]) -> None:
+    """Tells those who look into a cache what its values are divided by: the factors [G * E] of what reads them.
+
+    They stand in the model's metadata; `column_factors` [K] are by weight, and come on top of those that stand there.
+    """
+    for node in model.graph:
+        past = node.inputs[4] if node.op_type == "GroupQueryAttention" and len(node.inputs) > 4 else None
+        if past is None:
+            continue
+        weights = [use.node.inputs[1] for use in node.outputs[0].uses() if is_linear(use.node)]
+        names = [str(weight.name) for weight in weights if weight is not None]
+        columns_K = next((column_factors[name] for name in names if name in column_factors), None)
+        if columns_K is None:
+            continue
+        num_heads, num_kv_heads = (node.attributes[name].as_int() for name in ("num_heads", "kv_num_heads"))
+        factors = columns_K.reshape(num_kv_heads, num_heads // num_kv_heads, -1)[:, 0].ravel()
+        key = f"{past.name}.factors"
+        if (before := model.metadata_props.get(key)) is not None:
+            factors = np.frombuffer(base64.b64decode(before), np.float32) * factors
+        model.metadata_props[key] = base64.b64encode(factors.astype(np.float32).tobytes()).decode()

@@ -58,7 +58,9 @@ class WeightFormat:
 
     activations "int8-dynamic" is for linears of the cpu target: bits 8, signed codes with a scale a channel, multiplied
     in integers with activations that are rounded to 8 bits with a scale a token (quant/dynamic.py). It has no blocks.
-    `balance` lets such linears take over large channels of the norm in front of them (quant/balance.py).
+
+    `balance` is for linears of the cpu target whose activations are rounded to 8 bits: by "int8-dynamic", or by blocks
+    at accuracy_level 4. What makes some channels of their input large moves into their weights (quant/balance.py).
 
     values "nf4" and "fp4" are for linears: bits 4, codes of a table with the largest value of a block of the flattened
     weight as its scale (quant/nf4.py), multiplied in the dtype of the activations.
@@ -80,9 +82,10 @@ class WeightFormat:
             raise RecipeError(f"method {self.method!r} is unknown; known methods are {', '.join(METHODS)}")
         if self.activations == "int8-dynamic" and self.bits != 8:
             raise RecipeError(f"activations int8-dynamic with bits {self.bits}: use bits 8")
-        if self.balance and not self.is_dynamic:
+        if self.balance and not (self.is_dynamic or (self.has_blocks and self.accuracy_level == 4)):
             raise RecipeError(
-                "balance true: it is for rounded activations; leave it out, or use activations int8-dynamic"
+                "balance true: it is for rounded activations; leave it out, or use accuracy_level 4 with blocks, "
+                "or activations int8-dynamic"
             )
         if self.is_table:
             self._check_table()
@@ -145,6 +148,11 @@ class WeightFormat:
     def is_dynamic(self) -> bool:
         """True where activations are rounded to 8 bits too, with a scale a token."""
         return self.activations == "int8-dynamic"
+
+    @property
+    def stored(self) -> "WeightFormat | None":
+        """What of it makes the bytes of a weight: neither how it is computed with nor its factors; None of floats."""
+        return replace(self, accuracy_level=4, balance=False) if self.is_quantized else None
 
     @property
     def label(self) -> str:
@@ -330,25 +338,24 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
         return None
     if base in ("fp32", "fp16"):
         return None if block else (Rule("*/*.weight", WeightFormat(bits=int(base[2:]))),)
-    int8 = WeightFormat(bits=8)
+    int8, head = WeightFormat(bits=8), Rule("decoder/lm_head.weight", WeightFormat(bits=8, balance=True))
     dynamic = WeightFormat(bits=8, activations="int8-dynamic", balance=True)
     block_size = int(block) if block else _DEFAULT_BLOCK
     blocks = WeightFormat(bits=8, block_size=block_size)
     # Towers are most of the time to the first token on a CPU, and take rounded activations well.
     towers = tuple(Rule(f"{role}/*.weight", dynamic, target="cpu") for role in ("vision_encoder", "projector"))
     if base == "int8":
-        return (*towers, Rule("*/*.weight", blocks))
+        return (*towers, Rule("decoder/*.weight", replace(blocks, balance=True)), Rule("*/*.weight", blocks))
     if base == "int8-dynamic":
         return (Rule("embed_tokens/*.weight", blocks), Rule("*/*.weight", dynamic))
     if base == "nf4":
         table = WeightFormat(bits=4, block_size=_TABLE_BLOCK, values="nf4")
-        head = Rule("decoder/lm_head.weight", int8)
         return None if block else (*towers, head, Rule("decoder/*.weight", table), Rule("*/*.weight", int8))
     if base == "int2" and block_size not in _BLOCK_SIZES_OF_2_BITS:
         return None
     return (
         *towers,
-        Rule("decoder/lm_head.weight", int8),  # errors of the head go straight into the logits
+        head,  # its errors go straight into the logits
         Rule("decoder/*.weight", WeightFormat(bits=int(base[3:]), block_size=block_size)),
         Rule("*/*.weight", int8),
     )

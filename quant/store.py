@@ -9,7 +9,7 @@ but codes that lie by columns, which are gathered first, a byte a value.
 import os
 import shutil
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,16 @@ _CACHE_LINE = 64
 _GRAPH_SLACK = 16 << 20  # room for the .onnx file itself, whose size is not known before it is made
 
 
-Content = tuple[Hashable, ...]  # of an initializer: see _content
+@dataclass(frozen=True)
+class Content:
+    """What an initializer holds: equal contents have equal bytes."""
+
+    origin: Hashable
+    piece: Piece
+    dtype: str
+    num_bytes: int
+    format: WeightFormat | None  # as it is stored; None for what was cast and no more
+    is_transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,23 +126,16 @@ def places(graph: ir.Graph, formats: Mapping[str, WeightFormat | None], source: 
         for name, piece in piece_names(parameter).items():
             tensor = graph.initializers[name].const_value if name in graph.initializers else None
             if isinstance(tensor, ir.ExternalTensor):
-                content = _content(source.origin(parameter), piece, tensor.dtype.numpy().name, tensor.nbytes, format)
+                dtype, stored = tensor.dtype.numpy().name, None if format is None else format.stored
+                content = Content(source.origin(parameter), piece, dtype, tensor.nbytes, stored)
                 found[content] = Place(os.path.basename(tensor.path), tensor.offset or 0)
     return found
 
 
-def _content(
-    origin: Hashable, piece: Piece, dtype: str, num_bytes: int, format: WeightFormat | None, transposed: bool = False
-) -> Content:
-    """Equal contents have equal bytes: neither the operator nor its accuracy level is in them."""
-    is_quantized = format is not None and format.is_quantized
-    bytes_format = replace(format, accuracy_level=4) if format is not None and is_quantized else None
-    return (origin, piece, dtype, num_bytes, transposed, bytes_format)
-
-
 def _content_of(tensor: StoredTensor, source: WeightSource) -> Content:
     origin = source.origin(tensor.parameter)
-    return _content(origin, tensor.piece, tensor.dtype, tensor.num_bytes, tensor.format, tensor.transposed)
+    stored = None if tensor.format is None else tensor.format.stored
+    return Content(origin, tensor.piece, tensor.dtype, tensor.num_bytes, stored, tensor.transposed)
 
 
 def _borrowed(

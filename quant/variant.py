@@ -1,6 +1,5 @@
 """Writing the graphs of one variant: shared by export and a later `quantize`, so that their bytes are equal."""
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -13,7 +12,7 @@ from ..runtime.errors import RecipeError
 from ..runtime.manifest import Calibration, FileEntry, GraphFile, Variant
 from ..runtime.schema import to_json
 from .balance import balance
-from .found import FoundRole
+from .found import Factors, FoundRole
 from .kv_cache import quantize_cache
 from .recipe import Recipe, Target, file_stem, precision_label
 from .rewrite import rewrite
@@ -52,74 +51,84 @@ def write_variant(
 ) -> tuple[Variant, dict[str, FileEntry]]:
     """Writes into `folder` the graphs that no variant in `present` stores alike; gives the variant and the new files.
 
-    `calibrate` is asked where a method of the recipe looks at activations. Raises RecipeError where it is missing.
-    """
-    roles = tuple(roles)
-    if not any(recipe.is_calibrated(role, target) for role in roles):  # a rule may be about a role that is not there
-        return _write(recipe, target, roles, present, open_role, folder, progress, open_tables, {})
-    if calibrate is None:
-        raise RecipeError(f"recipe {recipe.name}: its method looks at activations; give --calibration DIR")
-    scratch = Path(tempfile.mkdtemp(prefix=".calibration-", dir=folder))  # codes are as large as the package
-    try:
-        found = calibrate.calibrate(recipe, target, open_role, scratch)
-        variant, files = _write(recipe, target, roles, present, open_role, folder, progress, open_tables, found)
-    finally:
-        shutil.rmtree(scratch)
-    return replace(variant, calibration=calibrate.record), files
-
-
-def _write(
-    recipe: Recipe,
-    target: Target,
-    roles: Iterable[str],
-    present: Mapping[str, Variant],
-    open_role: OpenRole,
-    folder: Path,
-    progress: Progress | None,
-    open_tables: OpenTables,
-    calibrated: Mapping[str, FoundRole],
-) -> tuple[Variant, dict[str, FileEntry]]:
-    """Writes what is new, the roles in `calibrated` as calibration found them.
-
     Equal precision labels mean equal content, so such graphs are shared; and a head that is tied to the table of the
     embedding is read from there where both are stored alike; `open_tables` gives the table where it is in a graph that
-    is there already. Names of the new files begin with "onnx/".
+    is there already. Names of the new files begin with "onnx/". `calibrate` is asked where a method of the recipe looks
+    at activations. Raises RecipeError where it is missing.
     """
-    graphs: dict[str, GraphFile] = {}
-    files: dict[str, FileEntry] = {}
+    roles = tuple(roles)
+    is_calibrated = any(recipe.is_calibrated(role, target) for role in roles)  # a rule may be about a role not there
+    if is_calibrated and calibrate is None:
+        raise RecipeError(f"recipe {recipe.name}: its method looks at activations; give --calibration DIR")
+    writer = _Writer(recipe, target, open_role, folder, progress)
     labels = {role: precision_label(recipe, role, target) for role in roles}
     for role, label in labels.items():
         alike = (variant.graphs[role] for variant in present.values() if variant.graphs[role].precision == label)
         if (found := next(alike, None)) is not None:
-            graphs[role] = found
-    missing = [role for role in labels if role not in graphs]
-    known: dict[Content, Place] = {}
-    if _TABLES in graphs and missing and (opened := open_tables(graphs[_TABLES])) is not None:
-        known = _places(graphs[_TABLES], *opened, recipe, target)
-    for role in sorted(missing, key=lambda role: role != _TABLES):  # what it has, others need not store
-        stem = file_stem(role, labels[role])
-        model, source = open_role(role)
-        of_role = calibrated.get(role)
-        if of_role is not None:
-            source = of_role.apply(model, source)
-        stored, source = balance(model, rewrite(model, role, recipe, target), source)
-        codes = {} if of_role is None else of_role.codes
-        if recipe.cache is not None and of_role is not None and of_role.cache:
-            quantize_cache(model, of_role.cache, recipe.cache, target)
-        written = write_graph(model, stored, source, folder, stem, _named(progress, stem), known=known, found=codes)
-        graphs[role] = written.graph_file(labels[role])
-        files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
+            writer.graphs[role] = found
+    missing = [role for role in roles if role not in writer.graphs]
+    if _TABLES in missing:  # what it has, others need not store
+        missing.remove(_TABLES)
+        writer.write(_TABLES, labels[_TABLES])
+    elif _TABLES in writer.graphs and missing and (opened := open_tables(writer.graphs[_TABLES])) is not None:
+        writer.know(*opened)
+    with tempfile.TemporaryDirectory(
+        prefix=".calibration-", dir=folder
+    ) as scratch:  # codes are as large as the package
+        calibrated: Mapping[str, FoundRole] = {}
+        if calibrate is not None and is_calibrated:
+            calibrated = calibrate.calibrate(recipe, target, writer.open, Path(scratch))
+        for role in missing:
+            writer.write(role, labels[role], calibrated.get(role))
+    variant = Variant(recipe.name, to_json(recipe), {role: writer.graphs[role] for role in roles})
+    record = calibrate.record if calibrate is not None and is_calibrated else None
+    return replace(variant, calibration=record), writer.files
+
+
+class _Writer:
+    """Writes the graphs of one variant, role by role."""
+
+    def __init__(
+        self, recipe: Recipe, target: Target, open_role: OpenRole, folder: Path, progress: Progress | None
+    ) -> None:
+        self._recipe, self._open_role, self._folder, self._progress = recipe, open_role, folder, progress
+        self._target: Target = target
+        self._known: dict[Content, Place] = {}
+        self._balanced: dict[str, Factors] = {}
+        self.graphs: dict[str, GraphFile] = {}
+        self.files: dict[str, FileEntry] = {}
+
+    def know(self, graph: ir.Graph, source: WeightSource) -> None:
+        """Takes note of what the tables' graph stores."""
+        parameters = self.graphs[_TABLES].formats
+        formats = {parameter: self._recipe.format_of(_TABLES, parameter, self._target) for parameter in parameters}
+        self._known = places(graph, formats, source)
+
+    def open(self, role: str) -> tuple[ir.Model, WeightSource]:
+        """A float graph of a role, balanced, and its weights."""
+        model, source = self._open_role(role)
+        if role not in self._balanced:
+            tied = {(content.origin, content.format) for content in self._known}
+            tell = _named(self._progress, f"balancing {role}")
+            self._balanced[role] = balance(model.graph, role, self._recipe, self._target, source, tied, tell)
+        return model, self._balanced[role].apply(model, source)
+
+    def write(self, role: str, label: str, found: FoundRole | None = None) -> None:
+        """Writes a role, as calibration found it."""
+        stem, recipe = file_stem(role, label), self._recipe
+        model, source = self.open(role)
+        if found is not None:
+            source = found.apply(model, source)
+        stored = rewrite(model, role, recipe, self._target)
+        codes = {} if found is None else found.codes
+        if recipe.cache is not None and found is not None and found.cache:
+            quantize_cache(model, found.cache, recipe.cache, self._target)
+        tell = _named(self._progress, stem)
+        written = write_graph(model, stored, source, self._folder, stem, tell, known=self._known, found=codes)
+        self.graphs[role] = written.graph_file(label)
+        self.files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
         if role == _TABLES:
-            known = _places(graphs[role], model.graph, source, recipe, target)
-    return Variant(recipe.name, to_json(recipe), {role: graphs[role] for role in labels}), files
-
-
-def _places(
-    entry: GraphFile, graph: ir.Graph, source: WeightSource, recipe: Recipe, target: Target
-) -> dict[Content, Place]:
-    """What others need not store."""
-    formats = {parameter: recipe.format_of(_TABLES, parameter, target) for parameter in entry.formats}
-    return places(graph, formats, source)
+            self.know(model.graph, source)
 
 
 def _named(progress: Progress | None, stem: str) -> Progress | None:

@@ -84,10 +84,12 @@ class Cache:
 
     def _held(self, name: str) -> Array:
         held = self._buffers[name].numpy()[0, :, : self.length].copy()
-        if held.dtype != np.int8:
-            return held
-        scales = np.frombuffer(base64.b64decode(self._session.metadata(f"{name}.scale") or ""), np.float32)
-        return held * (scales if len(scales) == 1 else scales.reshape(len(held), 1, -1))
+        for what in ("scale", "factors"):  # of codes, or of what float16 has no room for; of what a recipe has balanced
+            noted = self._session.metadata(f"{name}.{what}")
+            if noted is not None:
+                values = np.frombuffer(base64.b64decode(noted), np.float32)
+                held = held * (values if len(values) == 1 else values.reshape(len(held), 1, -1))
+        return held
 
 
 def cache_names(num_layers: int) -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
-"""Balancing: the float function to the bit, outliers of a norm that cost no accuracy, equal bytes from any start."""
+"""Balancing: the float function to the bit, outliers that cost no accuracy, equal bytes from any start."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from vlmport.quant import balance as module
 from vlmport.quant.apply import quantize_package
 from vlmport.quant.balance import balance, balancing_factors
+from vlmport.quant.found import Factors
 from vlmport.quant.recipe import Recipe, Rule, WeightFormat, load_recipe
 from vlmport.quant.rewrite import rewrite
 from vlmport.quant.store import write_graph
@@ -23,8 +25,11 @@ from vlmport.runtime.package import MANIFEST_NAME, manifest_text
 
 NORMS = ["RMSNormalization", "LayerNormalization"]
 SHAPES = {"gate.weight": (96, 320), "up.weight": (96, 320)}
+ROLE = "vision_encoder"
 PLAIN = WeightFormat(bits=8, activations="int8-dynamic")
 BALANCED = WeightFormat(bits=8, activations="int8-dynamic", balance=True)
+BLOCKS = WeightFormat(bits=8)
+BALANCED_BLOCKS = WeightFormat(bits=8, balance=True)
 
 
 def recipe(*formats: WeightFormat) -> Recipe:
@@ -35,8 +40,8 @@ def recipe(*formats: WeightFormat) -> Recipe:
 def write(folder: Path, model: ir.Model, source: ArraySource, rules: Recipe) -> Path:
     """The file that a variant has for this graph."""
     folder.mkdir(exist_ok=True)
-    stored, weights = balance(model, rewrite(model, "vision_encoder", rules), source)
-    return folder / write_graph(model, stored, weights, folder, "graph").graph
+    weights = balance(model.graph, ROLE, rules, "cpu", source).apply(model, source)
+    return folder / write_graph(model, rewrite(model, ROLE, rules), weights, folder, "graph").graph
 
 
 def initializer(path: Path, name: str) -> np.ndarray:
@@ -55,16 +60,17 @@ def with_outliers(source: ArraySource, factor: float, channels: int) -> ArraySou
     return source
 
 
-def lowest_cosines(tmp_path: Path, norm: str, source: ArraySource) -> tuple[float, float]:
+def lowest_cosines(
+    tmp_path: Path, norm: str, source: ArraySource, plain: WeightFormat, balanced: WeightFormat
+) -> list[float]:
     """Against float32, the first percentile over tokens: not balanced, and balanced."""
     x = np.random.default_rng(2).standard_normal((400, 320)).astype(np.float32)
-    a, b, c = (
-        run(write(tmp_path / name, normed(norm, SHAPES), source, recipe(format)), x=x).astype(np.float64)
-        for name, format in (("float", WeightFormat(bits=32)), ("plain", PLAIN), ("balanced", BALANCED))
+    exact, *others = (
+        run(write(tmp_path / str(number), normed(norm, SHAPES), source, recipe(format)), x=x).astype(np.float64)
+        for number, format in enumerate((WeightFormat(bits=32), plain, balanced))
     )
-    size = np.linalg.norm(a, axis=1)
-    plain, balanced = ((a * y).sum(1) / size / np.linalg.norm(y, axis=1) for y in (b, c))
-    return float(np.percentile(plain, 1)), float(np.percentile(balanced, 1))
+    size = np.linalg.norm(exact, axis=1)
+    return [float(np.percentile((exact * y).sum(1) / size / np.linalg.norm(y, axis=1), 1)) for y in others]
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -80,8 +86,8 @@ def test_in_float_the_function_is_the_same_to_the_bit(
     for array in source.arrays.values():
         array *= np.exp(spread * random.standard_normal(width)).astype(np.float32)
     source.arrays["norm.weight"][random.random(width) < 0.1] = 0
-    stored, weights = balance(model, rewrite(model, "vision_encoder", recipe(BALANCED)), source)
-    assert {tensor.parameter for tensor in stored} == set(shapes)
+    weights = balance(model.graph, ROLE, recipe(BALANCED), "cpu", source).apply(model, source)
+    assert {tensor.parameter for tensor in rewrite(model.clone(), ROLE, recipe(BALANCED))} == set(shapes)
     values = {name: model.graph.initializers[name].const_value for name in source.arrays if name.startswith("norm.")}
     moved = {name: value.numpy() for name, value in values.items() if value is not None}
     assert set(moved) == set(values)
@@ -95,12 +101,16 @@ def test_in_float_the_function_is_the_same_to_the_bit(
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("factor", [30, 100])
-def test_outliers_of_the_norm_cost_nothing(tmp_path: Path, norm: str, factor: float) -> None:
+@pytest.mark.parametrize("formats", [(PLAIN, BALANCED), (BLOCKS, BALANCED_BLOCKS)])
+def test_outliers_of_the_norm_cost_nothing(
+    tmp_path: Path, norm: str, factor: float, formats: tuple[WeightFormat, WeightFormat]
+) -> None:
     source = random_source(normed(norm, SHAPES))
-    calm, _ = lowest_cosines(tmp_path, norm, source)
-    plain, balanced = lowest_cosines(tmp_path, norm, with_outliers(source, factor, 4))
+    calm, _ = lowest_cosines(tmp_path, norm, source, *formats)
+    plain, balanced = lowest_cosines(tmp_path, norm, with_outliers(source, factor, 4), *formats)
     assert calm > 0.9995
-    assert plain < 0.999
+    assert plain < 0.9995
+    assert 1 - balanced < (1 - plain) / 2
     assert balanced > 0.9995
 
 
@@ -140,14 +150,14 @@ def make_package(folder: Path, source: ArraySource, *names: str) -> Path:
         variants[name], new = write_variant(
             load_recipe(name),
             "cpu",
-            ["vision_encoder"],
+            [ROLE],
             variants,
             lambda role: (normed("LayerNormalization", SHAPES), source),
             folder / "onnx",
         )
         files |= new
     weights = Source("tiny", "tiny", "float32", 1, {})
-    manifest = Manifest(SCHEMA, "tiny", "cpu", weights, ("vision_encoder",), variants, {}, dict(sorted(files.items())))
+    manifest = Manifest(SCHEMA, "tiny", "cpu", weights, (ROLE,), variants, {}, dict(sorted(files.items())))
     (folder / MANIFEST_NAME).write_text(manifest_text(manifest))
     return folder
 
@@ -227,7 +237,7 @@ def test_what_others_read_stays(tmp_path: Path, change) -> None:
     run(path, x=np.ones((3, 320), np.float32))
 
 
-@pytest.mark.parametrize("other", [PLAIN, WeightFormat(bits=8), WeightFormat(bits=32)])
+@pytest.mark.parametrize("other", [PLAIN, BLOCKS, WeightFormat(bits=32)])
 @pytest.mark.parametrize("is_first", [True, False])
 def test_all_linears_behind_a_norm_say_it_or_none_is_balanced(
     tmp_path: Path, other: WeightFormat, is_first: bool
@@ -239,6 +249,19 @@ def test_all_linears_behind_a_norm_say_it_or_none_is_balanced(
     run(path, x=np.ones((3, 320), np.float32))
 
 
-def test_balance_is_for_rounded_activations() -> None:
+@pytest.mark.parametrize("format", [{"bits": 8, "values": "integer", "accuracy_level": 1}, {"bits": 16}])
+def test_balance_is_for_rounded_activations(format: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="balance true: it is for rounded activations"):
-        WeightFormat(bits=8, balance=True)
+        WeightFormat(balance=True, **format)
+
+
+def test_what_is_stored_once_for_two_graphs_stays() -> None:
+    """A head that is the table again is read from there; nor is there anything to gain where no kernel rounds."""
+    model = normed("RMSNormalization", SHAPES)
+    source = with_outliers(random_source(model), 30, 4)
+    balanced = recipe(BALANCED_BLOCKS)
+    table = (source.origin("gate.weight"), BLOCKS.stored)
+    assert balance(model.graph, ROLE, balanced, "cpu", source, {table}) == Factors()
+    assert balance(model.graph, ROLE, balanced, "cuda", source) == Factors()
+    other = (source.origin("gate.weight"), WeightFormat(bits=4).stored)
+    assert set(balance(model.graph, ROLE, balanced, "cpu", source, {other}).column_factors) == set(SHAPES)

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 import torch
 from golden_cases import GOLDENS
@@ -16,11 +15,7 @@ from vlmport.export.family import family_of, roles_of
 from vlmport.export.feeds import CalibrationOptions
 from vlmport.export.stages import RoleStages
 from vlmport.quant.apply import open_float_graph, quantize_package
-from vlmport.quant.folds import Fold, find_folds
-from vlmport.quant.found import FoundRole
-from vlmport.quant.recipe import Recipe, Rule, WeightFormat, load_recipe
-from vlmport.quant.rewrite import rewrite
-from vlmport.quant.store import write_graph
+from vlmport.quant.recipe import Recipe, Rule, WeightFormat
 from vlmport.runtime import load
 from vlmport.runtime.package import Package
 from vlmport.validate.samples import draw_picture
@@ -42,85 +37,6 @@ def logits(package: Path, variant: str) -> np.ndarray:
     embeds = model.embed(prepared, visual.features)
     cache = model.new_cache(len(embeds) + 1)
     return model.prefill(prepared.seen(embeds), prepared.seen_positions, cache, all_logits=True)
-
-
-def folds_of(package: Path, role: str) -> dict[str, Fold]:
-    """By the first of the readers."""
-    return {fold.readers[0]: fold for fold in find_folds(open_float_graph(Package.open(package), role)[0].graph)}
-
-
-def test_folds_are_found_in_every_block(package_tiny_a: Path) -> None:
-    decoder, tower = (folds_of(package_tiny_a, role) for role in ("decoder", "vision_encoder"))
-    block = "layers.1."
-    assert decoder[f"{block}self_attn.q_proj.weight"].readers == tuple(
-        f"{block}self_attn.{name}_proj.weight" for name in "qkv"
-    )
-    shared = decoder[f"{block}self_attn.o_proj.weight"]
-    assert [rows.parameter for rows in shared.writers] == [
-        f"{block}self_attn.v_proj.weight",
-        f"{block}self_attn.v_proj.bias",
-    ]
-    assert shared.num_channels * 2 == len(shared.channels), "two query heads read one value head"
-    assert f"{block}mlp.down_proj.weight" in decoder
-    assert "blocks.1.mlp.down_proj.weight" in tower
-    fused = tower["blocks.1.attn.proj.weight"]
-    assert [rows.start for rows in fused.writers] == [128, 128], "values are the last third"
-    (merger,) = folds_of(package_tiny_a, "projector").values()
-    assert len(merger.channels) == 4 * merger.num_channels, "four patches side by side"
-
-
-def test_a_fold_leaves_the_function_alone(package_tiny_a: Path, tmp_path: Path) -> None:
-    """Any factors in every fold at once: the graphs of both towers say the same in float32."""
-    package = Package.open(package_tiny_a)
-    random = np.random.default_rng(0)
-    for role in ("decoder", "projector", "vision_encoder"):
-        outputs = []
-        for folded in (False, True):
-            model, source = open_float_graph(package, role)
-            found = FoundRole(tmp_path)
-            for fold in find_folds(model.graph) if folded else ():
-                factors = np.exp(random.normal(0, 1, fold.num_channels)).astype(np.float32)
-                for name in fold.readers:
-                    before = found.column_factors.get(name, np.float32(1))
-                    found.column_factors[name] = before * factors[fold.channels]
-                for rows in fold.writers:
-                    initializer = model.graph.initializers[rows.parameter]
-                    inverse = np.ones(initializer.shape[0], np.float32)
-                    inverse[rows.start : rows.start + len(factors)] /= factors
-                    if initializer.const_value is not None:
-                        found.vectors[rows.parameter] = initializer.const_value.numpy() * inverse
-                    else:
-                        before = found.row_factors.get(rows.parameter, np.float32(1))
-                        found.row_factors[rows.parameter] = before * inverse
-            source = found.apply(model, source)
-            stored = rewrite(model, role, load_recipe("fp32"))
-            written = write_graph(model, stored, source, tmp_path, f"{role}{folded}")
-            session = ort.InferenceSession(tmp_path / written.graph, providers=["CPUExecutionProvider"])
-            outputs.append(session.run(None, feeds(role, session))[0])
-        assert found.column_factors
-        np.testing.assert_allclose(outputs[1], outputs[0], atol=2e-4 * np.abs(outputs[0]).max())
-
-
-def feeds(role: str, session) -> dict[str, np.ndarray]:
-    """Any inputs that fit: one image of 4 x 4 patches, a prompt of 6 tokens."""
-    random = np.random.default_rng(1)
-    known = {
-        "patch_positions": np.stack(np.meshgrid(range(4), range(4), indexing="ij"), -1).reshape(-1, 2),
-        "cu_seqlens": np.array([0, 16], np.int32),
-        "window_index": np.arange(4),
-        "cu_window_seqlens": np.array([0, 16], np.int32),
-        "attention_mask": np.ones((1, 6), np.int64),
-        "position_ids": np.broadcast_to(np.arange(6), (3, 1, 6)).copy(),
-    }
-    found = {}
-    for port in session.get_inputs():
-        if port.name in known:
-            found[port.name] = known[port.name]
-            continue
-        sizes = {"num_patches": 16, "batch_size": 1, "sequence_length": 6, "past_length": 0}
-        shape = [size if isinstance(size, int) else sizes[size] for size in port.shape]
-        found[port.name] = random.standard_normal(shape).astype(np.float32)
-    return found
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "awq+gptq"])

@@ -21,7 +21,7 @@ from vlmport.runtime.errors import RecipeError
 from vlmport.runtime.manifest import ROLES
 from vlmport.runtime.schema import from_json, to_json
 
-INT8, INT4 = WeightFormat(bits=8), WeightFormat(bits=4)
+INT8, INT4, HEAD = WeightFormat(bits=8), WeightFormat(bits=4), WeightFormat(bits=8, balance=True)
 DYNAMIC = WeightFormat(bits=8, activations="int8-dynamic", balance=True)
 
 
@@ -32,7 +32,7 @@ def labels(recipe: Recipe, target: Target = "cpu") -> dict[str, str]:
 def test_int4_keeps_what_hurts_most_in_8_bits() -> None:
     recipe = load_recipe("int4")
     assert recipe.format_of("decoder", "layers.3.mlp.down_proj.weight") == INT4
-    assert recipe.format_of("decoder", "lm_head.weight") == INT8
+    assert recipe.format_of("decoder", "lm_head.weight") == HEAD
     assert recipe.format_of("embed_tokens", "embed_tokens.weight") == INT8
     assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cpu") == DYNAMIC
     assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cuda") == INT8
@@ -72,7 +72,7 @@ def test_rules_of_another_target_do_not_count() -> None:
 
 
 def test_a_recipe_of_ones_own_shares_the_parts_that_equal_a_builtin_one() -> None:
-    recipe = Recipe("mine", (Rule("decoder/*.weight", INT8), Rule("*/*.weight", WeightFormat(bits=16))))
+    recipe = Recipe("mine", (Rule("decoder/*.weight", HEAD), Rule("*/*.weight", WeightFormat(bits=16))))
     assert labels(recipe) == dict.fromkeys(ROLES, "fp16") | {"decoder": "int8"}
     odd = Recipe("odd", (Rule("decoder/*.weight", WeightFormat(bits=4, symmetric=True)), Rule("*/*.weight", INT8)))
     assert labels(odd) == dict.fromkeys(ROLES, "int8") | dict.fromkeys(
