@@ -5,7 +5,7 @@ Dims: N outputs and K inputs of a linear, C channels of a fold (quant/folds.py).
     s [C] = sqrt(reach / need), to the nearest power of two     what writes a channel is divided by s, what reads it
                                                                 multiplied
     reach [C]  of a norm |gamma| + |beta|; of a linear |w| of the row, over inputs of their own reach, + |bias|
-    need [C]   root of the sum over the readers' rows of (w / |w| of the row)^2
+    need [C]   root of the sum over the readers of the mean over rows, some of them, of (w / |w| of the row)^2
 
 An activation that is rounded to 8 bits shares its scale with all channels of a token, or with those of a block, so a
 few large channels leave the others few codes; a weight has a scale for each of its rows, or for each block of one. At s
@@ -30,7 +30,8 @@ from .source import WeightSource
 __all__ = ["TiedWeight", "balance", "balancing_factors"]
 
 _LARGEST_EXPONENT = 16  # of a factor; channels further apart than that are as good as zero
-_CHUNK_BYTES = 4 << 20  # float32 bytes that are read at once
+_STRIP = 32  # rows of a weight that are read at once
+_NUM_STRIPS = 16  # at least, evenly over a weight, that tell how large its columns are
 
 TiedWeight = tuple[Hashable, WeightFormat | None]  # where a weight comes from, and how it is stored
 
@@ -47,14 +48,15 @@ def balance(
     """The factors of each fold of a float graph all of whose readers say `balance`; the graph is left as it is.
 
     Weights that are `tied` are stored once, for two graphs, and stay as they are. So do all for cuda, whose kernels
-    round no activations. Weights are read once more here, some rows at a time, the writers that read no fold too.
+    round no activations. Of weights that write channels all rows are read once more here, of others some.
     """
     factors = Factors()
     formats = {name: format for name in graph.initializers if (format := recipe.format_of(role, name, target))}
     if target != "cpu" or not any(format.balance for format in formats.values()):
         return factors
-    sizes = _Sizes(graph, source)
-    for fold in find_folds(graph):
+    folds = find_folds(graph)
+    sizes = _Sizes(graph, source, {rows.parameter for fold in folds for rows in fold.writers})
+    for fold in folds:
         readers = [formats.get(name) for name in fold.readers]
         if not all(
             format is not None and format.balance and (source.origin(name), format.stored) not in tied
@@ -84,8 +86,8 @@ def balancing_factors(reach_C: Float32, need_C: Float32) -> Float32:
 class _Sizes:
     """How large rows and columns of weights are, each weight read once."""
 
-    def __init__(self, graph: ir.Graph, source: WeightSource) -> None:
-        self._graph, self._source = graph, source
+    def __init__(self, graph: ir.Graph, source: WeightSource, writers: Collection[str]) -> None:
+        self._graph, self._source, self._writers = graph, source, writers
         self._rows: dict[str, Float32] = {}  # squares, by weight, [N]
         self._columns: dict[str, Float32] = {}  # squares of what is relative to the rows, [K]
 
@@ -113,18 +115,22 @@ class _Sizes:
         if name in self._columns or (reach_K is None and name in self._rows):
             return
         num_rows, num_columns = self._source.shape(name)
-        squares_N = np.empty(num_rows, np.float32)
-        columns_K = np.zeros(num_columns, np.float32)
+        squares_N = np.zeros(num_rows, np.float32)
+        columns_K, num_sampled = np.zeros(num_columns, np.float32), 0
         weights_K = np.ones(num_columns, np.float32) if reach_K is None else reach_K**2
-        step = max(1, _CHUNK_BYTES // (4 * num_columns))
-        for start in range(0, num_rows, step):
-            stop = min(start + step, num_rows)
+        stride = max(1, num_rows // (_STRIP * _NUM_STRIPS))
+        for number, start in enumerate(range(0, num_rows, _STRIP)):
+            is_sampled = reach_K is not None and number % stride == 0
+            if not is_sampled and name not in self._writers:
+                continue
+            stop = min(start + _STRIP, num_rows)
             squares = np.square(self._source.rows(name, start, stop))
             squares_N[start:stop] = squares @ weights_K
-            if reach_K is not None:
+            if is_sampled:
                 inverse_N = np.zeros(stop - start, np.float32)
                 np.divide(1, squares_N[start:stop], out=inverse_N, where=squares_N[start:stop] > 0)
                 columns_K += inverse_N @ squares
+                num_sampled += stop - start
         self._rows[name] = squares_N
         if reach_K is not None:
-            self._columns[name] = columns_K
+            self._columns[name] = columns_K / np.float32(max(1, num_sampled))

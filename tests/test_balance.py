@@ -11,7 +11,6 @@ from float_graphs import ArraySource, normed, random_source, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmport.quant import balance as module
 from vlmport.quant.apply import quantize_package
 from vlmport.quant.balance import balance, balancing_factors
 from vlmport.quant.found import Factors
@@ -125,13 +124,10 @@ def test_factors() -> None:
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_equal_bytes_from_parameters_and_constants_in_any_chunks(
-    tmp_path: Path, norm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_bytes_from_parameters_and_constants(tmp_path: Path, norm: str) -> None:
     """An export has the norm's values in the checkpoint, `quantize` in the float graph of a package."""
     source = with_outliers(random_source(normed(norm, SHAPES)), 30, 4)
     a = write(tmp_path / "a", normed(norm, SHAPES), source, recipe(BALANCED))
-    monkeypatch.setattr(module, "_CHUNK_BYTES", 3000)  # two rows
     model = normed(norm, SHAPES)
     for name in [name for name in source.arrays if name.startswith("norm.")]:
         model.graph.initializers[name].const_value = ir.Tensor(source.arrays.pop(name), name=name)
