@@ -1,7 +1,8 @@
 """`python -m benchmarks.quant`: recipes and methods, and what others offer, by what they cost the answers.
 
-A row that was measured before is not measured again, as long as its graphs, the questions and the reference are the
-same: rows can be made a few at a time. Speeds are those of the answers and mean something on an idle box alone.
+What was found of a row's answers is kept as long as its graphs, the questions and the reference are the same: rows can
+be made a few at a time. Speeds are measured in each run, all rows of a table together, and mean something on an idle
+box alone.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,16 +31,19 @@ from .quant_inputs import QuantInputs
 from .quant_measure import Reference, measure_torch, measure_variant, reference_runs, round_trip
 from .quant_peers import (
     BASE,
-    add_decoder,
-    float_decoder,
-    onnxruntime_decoder,
+    add_variant,
+    float_graph,
+    onnxruntime_blocks,
+    onnxruntime_dynamic,
     save_bitsandbytes,
 )
 from .quant_plan import Group, QuantRow, load_plan
 from .quant_report import SCHEMA, QuantReport, RowReport, markdown, text
+from .quant_speed import decode_speeds
 
 __all__ = ["main"]
 
+_TOWERS = ("vision_encoder", "projector")
 _BASE_RECIPE = Path(__file__).with_name("recipes") / f"{BASE}.json"
 
 
@@ -61,7 +65,7 @@ class Bench:
 
     @property
     def package(self) -> Path:
-        return self.inputs.folder / "packages" / self.group.checkpoint
+        return self.inputs.folder / "packages" / f"{self.group.checkpoint}-{self.inputs.num_samples}"
 
     def open(self) -> Reference:
         """The float package, and the answers of the checkpoint."""
@@ -71,14 +75,32 @@ class Bench:
         folder = self.inputs.folder / "references" / digest
         return reference_runs(self.checkpoint, self.package, self.inputs.task(), folder, self.progress)
 
-    def row(self, row: QuantRow, reference: Reference) -> RowReport:
-        """Makes the variant and measures it; a row that cannot be made says why."""
-        try:
-            if row.maker == "bitsandbytes":
-                return self._torch(row, reference)
-            package, variant, seconds = self._imported() if row.maker == "imported" else self._variant(row)
-        except RowError as error:
-            return RowReport(row.name, self.group.name, error=str(error))
+    def rows(self, rows: Sequence[QuantRow], *, with_speed: bool) -> list[RowReport]:
+        """Makes the variants and measures them."""
+        reference = self.open()
+        reports: list[RowReport] = []
+        runnable: dict[int, tuple[Path, str]] = {}
+        for number, row in enumerate(rows):
+            self.progress(0, 0, row.name)
+            try:
+                if row.maker == "bitsandbytes":
+                    reports.append(self._torch(row, reference))
+                    continue
+                package, variant, seconds = self._imported() if row.maker == "imported" else self._variant(row)
+            except RowError as error:
+                reports.append(RowReport(row.name, self.group.name, error=str(error)))
+                continue
+            runnable[number] = (package, variant)
+            reports.append(self._row(row, package, variant, seconds, reference))
+        if with_speed and runnable:
+            speeds = decode_speeds(list(runnable.values()), reference.runs[0].sample.messages, self.progress)
+            for number, speed in zip(runnable, speeds, strict=True):
+                reports[number] = replace(reports[number], tokens_per_second=speed)
+        return reports
+
+    def _row(
+        self, row: QuantRow, package: Path, variant: str, seconds: float | None, reference: Reference
+    ) -> RowReport:
         opened = Package.open(package)
         graphs = opened.variant(variant).graphs.values()
         shas = [opened.manifest.files[f"onnx/{file}"].sha256 for graph in graphs for file in graph.files]
@@ -95,7 +117,7 @@ class Bench:
     def _variant(self, row: QuantRow) -> tuple[Path, str, float]:
         """Package, variant and the seconds it took to make, which stand beside the package."""
         name = _slug(row)
-        known = self.package.parent / f"{self.group.checkpoint}-variants.json"
+        known = self.package.with_name(f"{self.package.name}-variants.json")
         made: dict[str, tuple[str, float]] = json.loads(known.read_text("utf-8")) if known.exists() else {}
         if name not in made:
             started = time.perf_counter()
@@ -115,12 +137,16 @@ class Bench:
             _vlmport("quantize", str(self.package), *arguments)
             after = Package.open(self.package).manifest.variants
             return next((name for name in after if name not in before), row.recipe)
-        _vlmport("quantize", str(self.package), "--recipe", str(_BASE_RECIPE))
-        model = float_decoder(self.package)
-        name = f"peer-{_slug(row)}"
         assert row.maker == "onnxruntime", row.maker
         assert row.method is not None, row.name
-        add_decoder(self.package, name, onnxruntime_decoder(model, row.method, row.bits))
+        _vlmport("quantize", str(self.package), "--recipe", str(_BASE_RECIPE))
+        name = f"peer-{_slug(row)}"
+        if row.method == "dynamic":
+            floats = {role: float_graph(self.package, "fp32", role) for role in (*_TOWERS, "decoder")}
+            add_variant(self.package, name, {role: onnxruntime_dynamic(model) for role, model in floats.items()})
+        else:
+            decoder = float_graph(self.package, BASE, "decoder")
+            add_variant(self.package, name, {"decoder": onnxruntime_blocks(decoder, row.method, row.bits)})
         return name
 
     def _bitsandbytes(self) -> Path:
@@ -130,7 +156,7 @@ class Bench:
         return folder
 
     def _imported(self) -> tuple[Path, str, float | None]:
-        package = self.package.with_name(f"{self.group.checkpoint}-nf4")
+        package = self.package.with_name(f"{self.package.name}-nf4")
         if not package.exists():
             _vlmport("export", str(self._bitsandbytes()), "-o", str(package), "--recipe", "fp32")
         return package, "fp32", None
@@ -145,7 +171,7 @@ class Bench:
 
     def _cached(self, row: QuantRow, *shas: str) -> Path:
         own = file_entry(self.checkpoint / "model.safetensors").sha256
-        digest = _digest(row.name, self.group.name, own, _task_sha(self.inputs), *shas)
+        digest = _digest(SCHEMA, row.name, self.group.name, own, _task_sha(self.inputs), *shas)
         return self.inputs.folder / "rows" / f"{digest}.json"
 
 
@@ -173,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--folder", metavar="DIR", type=Path, default=Path("build"), help="default: build")
     run.add_argument("--num", metavar="N", type=int, default=300, help="held-out questions (default: 300)")
     run.add_argument("--samples", metavar="N", type=int, default=128, help="calibration pairs (default: 128)")
+    run.add_argument("--no-speed", action="store_true", help="leave decode speeds out")
     run.add_argument("--rows", metavar="NAME", nargs="+", default=[], help="rows whose names begin so (default: all)")
     run.add_argument("--groups", metavar="GROUP", nargs="+", default=[], help="demo, outliers, int2 (default: all)")
     rendered = commands.add_parser("render", help="the tables as Markdown, between the bench-quant marks of DOC")
@@ -190,11 +217,8 @@ def _run(args: argparse.Namespace) -> QuantReport:
         with Progress(f"bench-quant {group.name}") as progress:
             bench = Bench(inputs, group, progress)
             chosen = [row for row in plan.rows if group.name in row.groups]
-            reference = bench.open() if chosen else None
-            for row in chosen:
-                assert reference is not None
-                progress(0, 0, row.name)
-                rows.append(bench.row(row, reference))
+            if chosen:
+                rows += bench.rows(chosen, with_speed=not args.no_speed)
     return QuantReport(
         SCHEMA, datetime.now(UTC).date().isoformat(), box(), args.num, args.samples, plan.groups, tuple(rows)
     )

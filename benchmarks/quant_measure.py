@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmport.runtime.model import Model
+from vlmport.validate.answers import answer_freely
 from vlmport.validate.compare import Comparison, compare_logits, compare_tensors
 from vlmport.validate.metrics import TensorErrors
 from vlmport.validate.reference import ReferenceModel, ReferenceRun, load_reference, run_reference
 from vlmport.validate.stages import run_stages
 from vlmport.validate.statistics import summarize_kl
-from vlmport.validate.tasks import Answer, Task, ask, load_task, score, task_samples
+from vlmport.validate.tasks import Answer, Task, load_task, score, task_samples
 
 from .quant_report import Quality
 
@@ -53,23 +54,26 @@ def reference_runs(checkpoint: Path, package: Path, task_folder: Path, folder: P
 
 
 def measure_variant(package: Path, variant: str, reference: Reference, progress: Progress) -> Quality:
-    """A variant of a package, run by this project's runtime."""
+    """A variant of a package, run by this project's runtime: a token at a time, through the cache."""
     records: list[Comparison] = []
     towers: list[Comparison] = []
     answers: list[Answer] = []
     with Model.load(package, variant) as model:
         for number, (item, run) in enumerate(zip(reference.task.items, reference.runs, strict=True)):
             progress(number, len(reference.runs), f"{variant}, {item.id}")
-            answer, record = ask(model, item, run)
-            answers.append(answer)
-            records.append(record)
+            prepared = model.prepare(run.sample.messages)
+            found = run_stages(model, prepared, run.generated_ids[:-1])
+            steps = run.arrays()["step_logits"]
+            records.append(compare_logits(item.id, "answer_logits", "decode", steps, found.step_logits))
             if number < NUM_DETAILED:
-                visual = model.features(model.prepare(run.sample.messages))
-                assert visual is not None, item.id
-                assert visual.vision is not None, item.id
-                towers.append(compare_tensors(item.id, "vision", "vision", run.arrays()["vision"], visual.vision))
-    scored = score(reference.task, answers)
-    return _quality(records, towers, answers, reference.task, scored.tokens_per_second)
+                assert found.vision is not None, item.id
+                towers.append(compare_tensors(item.id, "vision", "vision", run.arrays()["vision"], found.vision))
+            wanted = model.builder.tokenizer.decode(list(run.generated_ids), skip_special_tokens=True)
+            # Where it would choose every token of the reference's answer, that is its answer.
+            is_same = found.step_logits.argmax(-1).tolist() == list(run.generated_ids)
+            own = wanted if is_same else answer_freely(model, prepared, run.sample).text
+            answers.append(Answer(item, own, wanted, 0, 0.0))
+    return _quality(records, towers, answers, reference.task)
 
 
 def measure_torch(candidate: ReferenceModel, package: Path, reference: Reference, progress: Progress) -> Quality:
@@ -94,7 +98,7 @@ def measure_torch(candidate: ReferenceModel, package: Path, reference: Reference
             decode = model.builder.tokenizer.decode
             own, others = (decode(list(kept), skip_special_tokens=True) for kept in (ids, run.generated_ids))
             answers.append(Answer(item, own, others, 0, 0.0))
-    return _quality(records, towers, answers, reference.task, None)
+    return _quality(records, towers, answers, reference.task)
 
 
 def round_trip(package: Path, variant: str, maker: ReferenceModel, reference: Reference, progress: Progress) -> float:
@@ -124,7 +128,6 @@ def _quality(
     towers: Sequence[Comparison],
     answers: Sequence[Answer],
     task: Task,
-    tokens_per_second: float | None,
 ) -> Quality:
     logits = summarize_kl([record.logits for record in records if record.logits is not None])
     vision = TensorErrors.join([record.tensor for record in towers if record.tensor is not None]).metrics()
@@ -140,6 +143,5 @@ def _quality(
         num_lost=scored.num_lost,
         num_gained=scored.num_gained,
         flips=scored.flips,
-        tokens_per_second=tokens_per_second,
         vision_cosine_p1=vision.cosine_p1,
     )

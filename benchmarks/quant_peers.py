@@ -1,13 +1,16 @@
-"""What one would run instead: other quantizers on the same decoder, at the same bytes a weight.
+"""What one would run instead: other quantizers on the same graphs, at the same bytes a weight.
 
 Each gets the decoder in float32 and leaves the other graphs, which are those of this project's `int4`, alone: the head
-and the table in 8 bits, towers with rounded activations. What comes back is a variant of the same package.
+and the table in 8 bits, towers with rounded activations. One that rounds activations itself gets head and towers in
+float32 too. What comes back is a variant of the same package.
 """
 
 import contextlib
 import dataclasses
 import io
 import shutil
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
@@ -19,9 +22,10 @@ from vlmport.runtime.package import MANIFEST_NAME, Package, file_entry, manifest
 
 __all__ = [
     "BASE",
-    "add_decoder",
-    "float_decoder",
-    "onnxruntime_decoder",
+    "add_variant",
+    "float_graph",
+    "onnxruntime_blocks",
+    "onnxruntime_dynamic",
     "save_bitsandbytes",
 ]
 
@@ -30,17 +34,18 @@ _BLOCK = 32
 _IN_GRAPH = 1024  # bytes; smaller tensors stay in the .onnx file, as this project has them
 
 
-def float_decoder(package: Path) -> onnx.ModelProto:
-    """The decoder of the variant BASE with MatMul(x, W.T) for each linear: peers look for that operator.
+def float_graph(package: Path, variant: str, role: str) -> onnx.ModelProto:
+    """A graph with MatMul(x, W.T) for each linear in float32: peers look for that operator.
 
-    Weights are in memory but for those of other graphs' files.
+    Weights are in memory, but for codes in other graphs' files.
     """
     opened = Package.open(package)
-    entry = opened.variant(BASE).graphs["decoder"]
+    entry = opened.variant(variant).graphs[role]
     model = onnx.load(package / "onnx" / entry.graph, load_external_data=False)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    for tensor in tensors.values():
-        if uses_external_data(tensor) and _location(tensor) not in entry.shared:
+    linears = {node.input[1] for node in model.graph.node if node.op_type == "FusedMatMul"}
+    for name, tensor in tensors.items():
+        if uses_external_data(tensor) and (name in linears or _location(tensor) not in entry.shared):
             load_external_data_for_tensor(tensor, str(package / "onnx"))
             tensor.data_location = onnx.TensorProto.DEFAULT
             del tensor.external_data[:]
@@ -54,7 +59,7 @@ def float_decoder(package: Path) -> onnx.ModelProto:
     return model
 
 
-def onnxruntime_decoder(model: onnx.ModelProto, method: str, bits: int) -> onnx.ModelProto:
+def onnxruntime_blocks(model: onnx.ModelProto, method: str, bits: int) -> onnx.ModelProto:
     """ONNX Runtime's MatMulNBits quantizer: "default", "hqq" or "k_quant"."""
     from onnxruntime.quantization import matmul_nbits_quantizer as peer
 
@@ -72,21 +77,30 @@ def onnxruntime_decoder(model: onnx.ModelProto, method: str, bits: int) -> onnx.
     return getattr(made, "model", made)
 
 
-def add_decoder(package: Path, name: str, model: onnx.ModelProto) -> None:
-    """Makes the model the decoder of a new variant, which else is BASE."""
+def onnxruntime_dynamic(model: onnx.ModelProto) -> onnx.ModelProto:
+    """ONNX Runtime's quantize_dynamic by its defaults: 8 bits, a scale a tensor of weights and of activations."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "quantized.onnx")
+        quantize_dynamic(model, file, op_types_to_quantize=["MatMul"])
+        return onnx.load(file)
+
+
+def add_variant(package: Path, name: str, models: Mapping[str, onnx.ModelProto]) -> None:
+    """Makes the models the graphs of a new variant, by role, which else is BASE."""
     opened = Package.open(package)
-    base = opened.variant(BASE)
-    graph, data = f"decoder_{name}.onnx", f"decoder_{name}.onnx_data"
+    graphs, files = dict(opened.variant(BASE).graphs), dict(opened.manifest.files)
     folder = package / "onnx"
-    (folder / data).unlink(missing_ok=True)
-    _move_out(model, folder / data)
-    (folder / graph).write_bytes(model.SerializeToString())
-    entry = dataclasses.replace(base.graphs["decoder"], graph=graph, data=data, precision=name, formats={})
-    variant = Variant(name, {"name": name, "rules": []}, {**base.graphs, "decoder": entry})
-    files = opened.manifest.files | {f"onnx/{file}": file_entry(folder / file) for file in (graph, data)}
-    manifest = dataclasses.replace(
-        opened.manifest, variants=opened.manifest.variants | {name: variant}, files=dict(sorted(files.items()))
-    )
+    for role, model in models.items():
+        graph, data = f"{role}_{name}.onnx", f"{role}_{name}.onnx_data"
+        (folder / data).unlink(missing_ok=True)
+        _move_out(model, folder / data)
+        (folder / graph).write_bytes(model.SerializeToString())
+        graphs[role] = dataclasses.replace(graphs[role], graph=graph, data=data, precision=name, formats={})
+        files |= {f"onnx/{file}": file_entry(folder / file) for file in (graph, data)}
+    variants = opened.manifest.variants | {name: Variant(name, {"name": name, "rules": []}, graphs)}
+    manifest = dataclasses.replace(opened.manifest, variants=variants, files=dict(sorted(files.items())))
     (package / MANIFEST_NAME).write_text(manifest_text(manifest), encoding="utf-8")
 
 

@@ -41,7 +41,8 @@ class QuantRow:
     @property
     def needs_data(self) -> bool:
         """True where calibration pairs are looked at."""
-        return self.maker == "vlmport" and self.method is not None and self.method not in ("rtn", "hqq")
+        has_method = self.method is not None and self.method not in ("rtn", "hqq")
+        return self.maker == "vlmport" and (has_method or "--kv-cache" in self.options)
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ from vlmport.quant.recipe import BUILTIN_NAMES
 from vlmport.runtime.errors import InputError
 from vlmport.runtime.schema import from_json, to_json
 
-QUALITY = Quality(0.0021, 0.001, 0.003, 0.29, 0.9996, 0.95, 0.94, 1, 2, 0.03, 500.0, 0.9999)
+QUALITY = Quality(0.0021, 0.001, 0.003, 0.29, 0.9996, 0.95, 0.94, 1, 2, 0.03, 0.9999)
 
 
 def report() -> QuantReport:
     plan = load_plan()
-    rows = (RowReport("int4 rtn", "demo", 2_122_577, 4.0, QUALITY), RowReport("ORT HQQ", "demo", error="no such thing"))
+    made = RowReport("int4 rtn", "demo", 2_122_577, 4.0, QUALITY, 500.0)
+    rows = (made, RowReport("ORT HQQ", "demo", error="no such thing"))
     return QuantReport(SCHEMA, "2026-01-01", {"processors": "2"}, 300, 128, plan.groups, rows)
 
 
