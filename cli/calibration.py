@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from ..quant.recipe import METHODS, Recipe, load_recipe, with_cache
+from ..quant.recipe import METHODS, Recipe, Target, load_recipe, with_cache, with_guard
 from ..quant.samples import SAMPLES_NAME
 from ..runtime.errors import InputError
 
@@ -25,7 +25,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         help=f"how codes of the fewest bits are found: {', '.join(METHODS)}; names the variant int4_awq and the like",
     )
     parser.add_argument(
-        "--calibration", metavar="DIR", type=Path, help=f"images and {SAMPLES_NAME}, for methods that look at data"
+        "--calibration",
+        metavar="DIR",
+        type=Path,
+        help=f"images and {SAMPLES_NAME}, for methods that look at data; with target cuda also for a float16 that "
+        "cannot overflow: fp16_guarded",
     )
     parser.add_argument(
         "--calibration-samples", metavar="N", type=int, help=f"how many of them to take (default: {_DEFAULT_SAMPLES})"
@@ -36,10 +40,11 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-seed", metavar="N", type=int, help="which of them to take (default: 0)")
 
 
-def recipe_of(args: argparse.Namespace, name: str) -> Recipe:
-    """The recipe of a name, as the arguments vary it."""
+def recipe_of(args: argparse.Namespace, name: str, target: Target) -> Recipe:
+    """The recipe of a name, as the arguments vary it. Where graphs compute in float16, data guard its range too."""
     recipe = load_recipe(name, block_size=args.block_size, method=args.method)
-    return recipe if args.kv_cache is None else with_cache(recipe, _CACHES[args.kv_cache])
+    recipe = recipe if args.kv_cache is None else with_cache(recipe, _CACHES[args.kv_cache])
+    return with_guard(recipe) if args.calibration is not None and target == "cuda" else recipe
 
 
 def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None":

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    recipes = [recipe_of(args, name) for name in dict.fromkeys(args.recipe or ["fp32"])]
+    recipes = [recipe_of(args, name, args.target) for name in dict.fromkeys(args.recipe or ["fp32"])]
     with Progress("export") as progress:
         package = export_checkpoint(
             args.checkpoint,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..runtime.errors import InputError, PackageError
-from ..runtime.manifest import GraphFile, Source, TensorInfo
+from ..runtime.manifest import GraphFile, RangeRecord, Source, TensorInfo
 from ..runtime.package import Package
 from ..runtime.schema import to_json
 from ..validate.judged import changed_since
@@ -45,6 +45,7 @@ class VariantContents:
 
     size: int
     graphs: dict[str, GraphContents]  # by role
+    ranges: RangeRecord | None  # where a guard watched how large values get
     parity: str  # outcome of the last validation, or "not validated", or "out of date" and which files changed since
 
 
@@ -102,6 +103,7 @@ def contents(package: Package, report: Path | None = None) -> Contents:
         name: VariantContents(
             size=package.size(name),
             graphs={role: _graph(package, graph) for role, graph in variant.graphs.items()},
+            ranges=variant.ranges,
             parity=parity.get(name, "not validated"),
         )
         for name, variant in manifest.variants.items()
@@ -166,7 +168,7 @@ def _told(outcome: str, mode: str, changed: Sequence[str]) -> str:
 
 def render(found: Contents) -> str:
     """The text that `vlmport inspect` prints."""
-    parts = [_head(found), _sizes(found)]
+    parts = [_head(found), _sizes(found), _ranges_of(found)]
     for role in found.roles:
         parts += [_tensors(found, role), _formats(found, role)]
     return "\n\n".join(part for part in parts if part)
@@ -192,6 +194,19 @@ def _sizes(found: Contents) -> str:
         for name, variant in found.variants.items()
     ]
     return table(("variant", *found.roles, "all", "parity"), rows, "<" + ">" * (len(found.roles) + 1))
+
+
+def _ranges_of(found: Contents) -> str:
+    """What stays float32 in variants that compute in float16, and how large it gets."""
+    rows: list[tuple[str, str, str]] = []
+    for variant, contents in found.variants.items():
+        record = contents.ranges
+        if record is None:
+            continue
+        about = f"{record.num_operators} operators in float32" if record.num_operators else "nothing is larger"
+        rows.append((variant, f"above {record.limit:g}", about))
+        rows += [("", f"  {name}", f"{size:.4g}") for name, size in record.exceeded.items()]
+    return table(("range guard", "", ""), rows) if rows else ""
 
 
 def _tensors(found: Contents, role: str) -> str:

@@ -11,13 +11,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from ..quant.digest import FileDigests
+from ..quant.feasible import check_calibration
 from ..quant.recipe import Recipe
 from ..quant.store import Progress
 from ..quant.variant import write_variant
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import SCHEMA, CacheSpec, FileEntry, Manifest, Source, Variant
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
-from .calibrate import Calibrator, check_calibration
+from .calibrate import Calibrator
 from .checkpoint import Checkpoint
 from .documents import collect_documents
 from .family import ManifestParts, roles_of
@@ -53,7 +54,7 @@ def export_checkpoint(
     target_folder = Path(output)
     check_output(target_folder, overwrite)
     _check_names(recipes)
-    check_calibration(recipes, target, calibration)
+    check_calibration(recipes, target, None if calibration is None else calibration.folder)
     # Hashing what is read takes as long as tracing, and goes on beside it.
     with FileDigests(Checkpoint.open(checkpoint).files) as digests:
         _export(checkpoint, target_folder, recipes, target, calibration, digests, progress, finish)

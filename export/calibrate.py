@@ -4,7 +4,7 @@ Roles are run in the order in which a request goes through them, each on what th
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,19 @@ from ..quant.calibrate import quantize_stage
 from ..quant.data_file import Progress
 from ..quant.folds import find_folds
 from ..quant.found import FoundRole
-from ..quant.recipe import CALIBRATED_METHODS, Recipe, Target
+from ..quant.recipe import Recipe, Target
 from ..quant.source import WeightSource
-from ..runtime.errors import RecipeError
 from ..runtime.manifest import Calibration
 from ..runtime.package import Package
 from ..runtime.prompt import PromptBuilder
 from .family import ManifestParts, RoleSpec, family_of, roles_of
 from .feeds import CalibrationOptions, SampleFeeds
 from .stages import RoleStages, Stage
+from .watch import Watch
 
-__all__ = ["Calibrator", "OpenRole", "check_calibration", "package_calibrator", "read_rows"]
+__all__ = ["Calibrator", "OpenRole", "package_calibrator", "read_rows"]
 
 OpenRole = Callable[[str], tuple[ir.Model, WeightSource]]
-
-
-def check_calibration(recipes: Sequence[Recipe], target: Target, options: CalibrationOptions | None) -> None:
-    """Raises RecipeError where there are data and nothing looks at them, or the other way round."""
-    needing = [recipe.name for recipe in recipes if recipe.is_calibrated(target=target)]
-    if needing and options is None:
-        raise RecipeError(f"recipe {needing[0]}: its method looks at activations; give --calibration DIR")
-    if options is not None and not needing:
-        names = ", ".join(recipe.name for recipe in recipes)
-        raise RecipeError(
-            f"--calibration {options.folder}: no method of {names} looks at data; leave it out, "
-            f"or give --method {', '.join(CALIBRATED_METHODS)}"
-        )
 
 
 class Calibrator:
@@ -102,13 +89,23 @@ class Calibrator:
         names = {key for key, value in module.named_parameters() if value.dim() == 2}
         formats = {key: format for key in names if (format := recipe.format_of(name, key, target)) is not None}
         folds = find_folds(model.graph)
+        watch = Watch(module) if recipe.is_guarded(target) else None
+        if watch is not None:
+            found.ranges = watch.ranges
+            for feed in feeds:
+                watch.see_inputs(spec.inputs, feed)
         to_the_end = not is_last or any(formats[key].is_calibrated for key in run.outside & formats.keys())
+        to_the_end = to_the_end or watch is not None
         for done, stage in enumerate(run.stages(to_the_end=to_the_end), start=1):
+            if watch is not None:
+                watch.is_on = False  # what a search tries out is no matter here
             if self._progress is not None:
                 self._progress(0, 0, f"{recipe.name}: calibrating {name}, stage {done}")
             quantize_stage(stage, formats, folds, "float32" if target == "cpu" else "float16", found)
             if recipe.cache is not None and name == "decoder":
                 found.cache += cache_ranges(stage)
+            if watch is not None:
+                watch.is_on = True
         if to_the_end:
             for place, number in enumerate(taking):
                 self.feeds.keep(name, known[number], run.run(place))

@@ -9,15 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
-import onnx.shape_inference
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
+from ..quant.typed import typed
 from ..runtime.placement import CPU, CUDA, NO_KERNEL, SHAPES, UNKNOWN, PlacedNode
 from .cuda_kernels import HOST_INPUTS, HOST_OUTPUTS, KERNELS, VERSION
 
-__all__ = ["VERSION", "Prediction", "Signature", "predict", "predict_file", "signature", "typed"]
+__all__ = ["VERSION", "Prediction", "Signature", "predict", "predict_file", "signature"]
 
 _INDEX = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 _NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64", ir.DataType.STRING: "string"}
@@ -45,20 +43,6 @@ def predict_file(path: Path) -> Prediction:
     return predict(typed(model))
 
 
-def typed(model: ir.Model) -> ir.Model:
-    """The graph without its weights, local functions put in place, with a dtype for every value."""
-    model = model.clone()
-    InlinePass()(model)
-    weights = [value for value in model.graph.initializers.values() if value.const_value is None or _is_large(value)]
-    for value in weights:
-        del model.graph.initializers[str(value.name)]
-        value.const_value = None
-        if value not in model.graph.inputs:
-            model.graph.inputs.append(value)
-    inferred = onnx.shape_inference.infer_shapes(ir.serde.serialize_model(model))
-    return ir.serde.deserialize_model(inferred)
-
-
 def predict(model: ir.Model) -> Prediction:
     """The prediction for a graph that `typed` gave."""
     shapes = _shape_arithmetic(model.graph)
@@ -83,10 +67,6 @@ def signature(node: ir.Node) -> Signature:
     """What a node is looked up by."""
     domain = f"{node.domain}." if node.domain else ""
     return Signature(f"{domain}{node.op_type}", tuple(_dtype(value) for value in node.inputs))
-
-
-def _is_large(value: ir.Value) -> bool:
-    return value.const_value is not None and value.const_value.nbytes > 1024
 
 
 def _dtype(value: ir.Value | None) -> str:

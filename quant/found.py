@@ -15,6 +15,7 @@ import onnx_ir as ir
 from .folds import Fold
 from .kv_cache import note_cache_factors
 from .pack import Piece, pack_codes, pack_zero_points
+from .ranges import Ranges
 from .recipe import WeightFormat
 from .rtn import Codes, Float32
 from .source import WeightSource
@@ -132,6 +133,7 @@ class FoundRole:
     factors: Factors = field(default_factory=Factors)
     # Of keys and of values of each layer: the largest absolute value a channel, [key/value heads, head size].
     cache: list[tuple[Float32, Float32]] = field(default_factory=list[tuple[Float32, Float32]])
+    ranges: Ranges | None = None  # where a recipe guards against what float16 cannot take
 
     def add_codes(self, parameter: str, codes: Codes, format: WeightFormat) -> None:
         """Keeps the codes of a weight."""

@@ -22,6 +22,7 @@ __all__ = [
     "METHODS",
     "MIXED_NAME",
     "CacheFormat",
+    "RangeGuard",
     "Recipe",
     "Rule",
     "Target",
@@ -30,6 +31,7 @@ __all__ = [
     "load_recipe",
     "precision_label",
     "with_cache",
+    "with_guard",
     "with_method",
 ]
 
@@ -42,6 +44,7 @@ _BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
 _BLOCK_SIZES_OF_2_BITS = (32, 64, 128)  # of the others it computes 50 times slower
 _DEFAULT_BLOCK = 32
 _TABLE_BLOCK = 64  # of nf4, as bitsandbytes has it
+_TABLES = "embed_tokens"
 _TABLE_AND_HEAD = ("embed_tokens/*.weight", "decoder/lm_head.weight")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower case, as some disks ignore case
 
@@ -209,12 +212,27 @@ class CacheFormat:
 
 
 @dataclass(frozen=True)
+class RangeGuard:
+    """Where a graph computes in float16: what comes near its end on calibration data stays float32 (quant/guard.py).
+
+    "Near" is the end divided by `margin`: other data may give larger values than those that were seen.
+    """
+
+    margin: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.margin <= 1024:
+            raise RecipeError(f"range_guard: margin {self.margin}: use 1 to 1024; 4 is the default")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A named list of rules. The names of the builtin recipes mean the builtin rules and nothing else."""
 
     name: str
     rules: tuple[Rule, ...]
     cache: CacheFormat | None = None  # None: in the dtype that the graph computes in
+    range_guard: RangeGuard | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -222,17 +240,23 @@ class Recipe:
         if not self.rules:
             raise RecipeError(f"recipe {self.name}: rules is empty")
         builtin = _builtin_rules(self.name)
-        if builtin is not None and (builtin != self.rules or self.cache is not None):
+        if builtin is not None and (builtin != self.rules or self.cache is not None or self.range_guard is not None):
             raise RecipeError(f"recipe {self.name}: this builtin recipe has other rules; choose another name")
 
     def is_calibrated(self, role: str | None = None, target: Target = "cpu") -> bool:
-        """True where the cache, or a rule that can reach the role, or any, needs calibration data."""
+        """True where the cache, the guard, or a rule that can reach the role, or any, needs calibration data."""
+        if self.is_guarded(target) and role != _TABLES:  # a table holds what the checkpoint has, whatever it is asked
+            return True
         return (self.cache is not None and role in (None, "decoder")) or any(
             rule.format.is_calibrated
             and rule.target in (None, target)
             and (role is None or fnmatchcase(role, rule.role_glob))
             for rule in self.rules
         )
+
+    def is_guarded(self, target: Target) -> bool:
+        """True where ranges are watched: the cpu target computes in float32, which has room for all."""
+        return self.range_guard is not None and target == "cuda"
 
     def format_of(self, role: str, parameter: str, target: Target = "cpu") -> WeightFormat | None:
         """The format of a weight, or None where no rule covers it."""
@@ -294,6 +318,13 @@ def with_cache(recipe: Recipe, scales: Literal["channel", "tensor"] | None) -> R
     if scales is None:
         return recipe
     return replace(recipe, name=f"{recipe.name}_kv8{'t' * (scales == 'tensor')}", cache=CacheFormat(8, scales))
+
+
+def with_guard(recipe: Recipe) -> Recipe:
+    """The recipe with a guard against what float16 cannot take: "fp16" is then "fp16_guarded"."""
+    if recipe.range_guard is not None:
+        return recipe
+    return replace(recipe, name=f"{recipe.name}_guarded", range_guard=RangeGuard())
 
 
 def precision_label(recipe: Recipe, role: str, target: Target = "cpu") -> str:

@@ -11,7 +11,7 @@ A parameter is an initializer without a const_value: its bytes come from a Weigh
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,10 +80,13 @@ class StoredTensor:
         return self.format.label if self.format is not None else self.dtype
 
 
-def rewrite(model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu") -> tuple[StoredTensor, ...]:
+def rewrite(
+    model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu", single: Collection[str] = ()
+) -> tuple[StoredTensor, ...]:
     """Rewrites the float graph of a role in place by a recipe; gives what is to be stored, in initializer order.
 
-    `target` is what the graph was lowered for; rules for another one do not count.
+    `target` is what the graph was lowered for; rules for another one do not count. Weights in `single` that the recipe
+    stores in float16 are stored in float32.
 
     Raises RecipeError where the recipe cannot be applied to this graph.
     """
@@ -96,6 +99,8 @@ def rewrite(model: ir.Model, role: str, recipe: Recipe, target: Target = "cpu") 
     for value in initializers:
         name = str(value.name)
         format = recipe.format_of(role, name, target) if name in weights else None
+        if format is not None and format.bits == 16 and name in single:
+            format = WeightFormat(bits=32)
         if format is not None and format.is_quantized:
             pieces = _quantize(model, value, format)
             stored += [tensor for _, tensor in pieces]

@@ -1,7 +1,7 @@
 """Writing the graphs of one variant: shared by export and a later `quantize`, so that their bytes are equal."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -13,6 +13,7 @@ from ..runtime.manifest import Calibration, FileEntry, GraphFile, Variant
 from ..runtime.schema import to_json
 from .balance import balance
 from .found import Factors, FoundRole
+from .guard import Guard
 from .kv_cache import quantize_cache
 from .recipe import Recipe, Target, file_stem, precision_label
 from .rewrite import rewrite
@@ -60,12 +61,10 @@ def write_variant(
     is_calibrated = any(recipe.is_calibrated(role, target) for role in roles)  # a rule may be about a role not there
     if is_calibrated and calibrate is None:
         raise RecipeError(f"recipe {recipe.name}: its method looks at activations; give --calibration DIR")
-    writer = _Writer(recipe, target, open_role, folder, progress)
+    writer = _Writer(recipe, target, present, open_role, folder, progress)
     labels = {role: precision_label(recipe, role, target) for role in roles}
     for role, label in labels.items():
-        alike = (variant.graphs[role] for variant in present.values() if variant.graphs[role].precision == label)
-        if (found := next(alike, None)) is not None:
-            writer.graphs[role] = found
+        writer.share(role, label)
     missing = [role for role in roles if role not in writer.graphs]
     if _TABLES in missing:  # what it has, others need not store
         missing.remove(_TABLES)
@@ -82,21 +81,38 @@ def write_variant(
             writer.write(role, labels[role], calibrated.get(role))
     variant = Variant(recipe.name, to_json(recipe), {role: writer.graphs[role] for role in roles})
     record = calibrate.record if calibrate is not None and is_calibrated else None
-    return replace(variant, calibration=record), writer.files
+    ranges = None if writer.guard is None else writer.guard.record()
+    return replace(variant, calibration=record, ranges=ranges), writer.files
 
 
 class _Writer:
     """Writes the graphs of one variant, role by role."""
 
     def __init__(
-        self, recipe: Recipe, target: Target, open_role: OpenRole, folder: Path, progress: Progress | None
+        self,
+        recipe: Recipe,
+        target: Target,
+        present: Mapping[str, Variant],
+        open_role: OpenRole,
+        folder: Path,
+        progress: Progress | None,
     ) -> None:
         self._recipe, self._open_role, self._folder, self._progress = recipe, open_role, folder, progress
         self._target: Target = target
+        self._present = present
+        self.guard = None if recipe.range_guard is None or not recipe.is_guarded(target) else Guard(recipe.range_guard)
         self._known: dict[Content, Place] = {}
         self._balanced: dict[str, Factors] = {}
         self.graphs: dict[str, GraphFile] = {}
         self.files: dict[str, FileEntry] = {}
+
+    def share(self, role: str, label: str) -> bool:
+        """Takes the graph of a variant that stores the role alike, if there is one."""
+        alike = (variant.graphs[role] for variant in self._present.values() if variant.graphs[role].precision == label)
+        found = next(alike, None)
+        if found is not None:
+            self.graphs[role] = found
+        return found is not None
 
     def know(self, graph: ir.Graph, source: WeightSource) -> None:
         """Takes note of what the tables' graph stores."""
@@ -115,11 +131,20 @@ class _Writer:
 
     def write(self, role: str, label: str, found: FoundRole | None = None) -> None:
         """Writes a role, as calibration found it."""
-        stem, recipe = file_stem(role, label), self._recipe
+        recipe = self._recipe
         model, source = self.open(role)
         if found is not None:
             source = found.apply(model, source)
-        stored = rewrite(model, role, recipe, self._target)
+        single: Collection[str] = ()
+        if found is not None and self.guard is not None:
+            widened = self.guard.widen(model, role, found.ranges)
+            single = widened or ()
+            if widened is None:  # so it is as without a guard
+                label = precision_label(replace(recipe, range_guard=None), role, self._target)
+                if self.share(role, label):
+                    return
+        stem = file_stem(role, label)
+        stored = rewrite(model, role, recipe, self._target, single)
         codes = {} if found is None else found.codes
         if recipe.cache is not None and found is not None and found.cache:
             quantize_cache(model, found.cache, recipe.cache, self._target)

@@ -23,6 +23,7 @@ __all__ = [
     "Manifest",
     "PositionSpec",
     "PromptSpec",
+    "RangeRecord",
     "RatioTileSpec",
     "SliceSpec",
     "Source",
@@ -373,12 +374,26 @@ class Allocation:
 
 
 @dataclass(frozen=True)
+class RangeRecord:
+    """What stays float32 in a variant that computes in float16, as it leaves, or nearly, its range on calibration data.
+
+    Empty where nothing did. Names are "role/module input", "role/module output", or those of a value between modules.
+    """
+
+    limit: float  # largest absolute value that counts as safe
+    exceeded: dict[str, float]  # what went beyond it -> its largest absolute value
+    float32: tuple[str, ...]  # "role/parameter": weights that are computed with in float32
+    num_operators: int  # that compute in float32 for it, those of these weights among them
+
+
+@dataclass(frozen=True)
 class Variant:
     name: str
     recipe: dict[str, Any]  # quant.recipe.Recipe as JSON
     graphs: dict[str, GraphFile]  # by role
     calibration: Calibration | None = None  # None where no method of the recipe looks at data
     allocation: Allocation | None = None  # None where the recipe's author chose the bits
+    ranges: RangeRecord | None = None  # None where nobody watched how large values get
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,10 @@ class Sampler:
         scores_V = self._penalize(logits_V)
         best = int(scores_V.argmax())  # NaN wins argmax, so one look finds it
         if np.isnan(scores_V[best]):
-            raise PackageError("the decoder computed NaN logits: its weights are damaged or overflow in this precision")
+            raise PackageError(
+                "the decoder computed NaN logits: its weights are damaged or overflow in this precision; "
+                "a variant made with --calibration keeps what overflows in float32"
+            )
         token_id = best if self._params.temperature == 0 else self._draw(scores_V)
         self._seen.add(token_id)
         return token_id

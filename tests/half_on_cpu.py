@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from vlmport.export.lower.attention import LoopSegmentAttention
-from vlmport.export.placement import typed
+from vlmport.quant.typed import typed
 from vlmport.runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text
 
 __all__ = ["half_on_cpu", "package_on_cpu"]

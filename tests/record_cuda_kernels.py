@@ -15,10 +15,11 @@ import onnxruntime as ort
 from test_families import ROLES, lowered, role_of
 
 from vlmport.export.lower import lower
-from vlmport.export.placement import Signature, signature, typed
+from vlmport.export.placement import Signature, signature
 from vlmport.export.trace import trace
 from vlmport.quant.recipe import load_recipe
 from vlmport.quant.rewrite import rewrite
+from vlmport.quant.typed import typed
 
 __all__ = ["graphs", "one_node", "recorded"]
 

@@ -11,10 +11,11 @@ from test_families import ROLES, lowered, role_of
 from vlmport.cli.main import main
 from vlmport.export.build import export_checkpoint
 from vlmport.export.lower import lower
-from vlmport.export.placement import predict, typed
+from vlmport.export.placement import predict
 from vlmport.export.trace import trace
 from vlmport.quant.recipe import load_recipe
 from vlmport.quant.rewrite import rewrite
+from vlmport.quant.typed import typed
 from vlmport.runtime.placement import CPU, CUDA, NO_KERNEL, SHAPES, UNKNOWN
 
 GOLDEN = Path(__file__).parent / "goldens" / "qwen2_5_vl" / "tiny_a"
@@ -83,7 +84,8 @@ def test_prediction_is_what_onnxruntime_gpu_did(cuda_package: Path, capsys: pyte
 def test_without_onnx_the_prediction_names_the_extra(
     cuda_package: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "vlmport.export.placement", raising=False)
+    for name in ("vlmport.export.placement", "vlmport.quant.typed"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert main(["inspect", str(cuda_package), "--placement"]) == 2
     message = capsys.readouterr().err
