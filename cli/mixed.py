@@ -1,4 +1,4 @@
-"""The budget of the recipe int4-mixed, and the table that shows what other budgets would give."""
+"""The recipe int4-mixed: its budget, the table that shows what other budgets would give, and its variant."""
 
 import argparse
 import re
@@ -6,7 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..quant.recipe import MIXED_NAME
+from ..quant.apply import quantize_package
+from ..quant.recipe import METHODS, MIXED_NAME, Recipe
 from ..runtime.errors import InputError, RecipeError
 from ..runtime.package import Package
 from .progress import Progress
@@ -16,59 +17,79 @@ if TYPE_CHECKING:
     from ..export.calibrate import Calibrator, OpenRole
     from ..export.mixed import Budget, Mixed
 
-__all__ = ["add_budget", "budget_of", "choose", "print_choice"]
+__all__ = ["add_budget", "budget_of", "check_mixed", "quantize_mixed"]
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(kB|MB|GB)?", re.IGNORECASE)
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
-    """--max-size, --max-kl."""
+    """--max-size, --max-kl, --name."""
     parser.add_argument(
-        "--max-size", metavar="SIZE", help=f"of the files of {MIXED_NAME}: 1.5GB, 800MB, or a number of bytes"
+        "--max-size", metavar="SIZE", help=f"of the files of {MIXED_NAME}: 1.5GB, 800MB, or that of a variant: int4"
     )
     parser.add_argument(
         "--max-kl", metavar="KL", type=float, help=f"that {MIXED_NAME} may have on answers, a mean in nats: 0.01"
     )
+    parser.add_argument("--name", help=f"of the variant (default: {MIXED_NAME} and the method), to make several")
 
 
-def budget_of(args: argparse.Namespace) -> "Budget | None":
-    """The budget of int4-mixed, or None with any other recipe. Raises InputError where options do not go together."""
+def check_mixed(args: argparse.Namespace) -> bool:
+    """True for int4-mixed. Raises InputError and RecipeError where options do not go together."""
     if args.recipe != MIXED_NAME:
-        for name in ("max_size", "max_kl"):
+        for name in ("max_size", "max_kl", "name"):
             if getattr(args, name) is not None:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: goes with --recipe {MIXED_NAME}")
-        return None
+        return False
     if args.calibration is None:
         raise RecipeError(f"recipe {MIXED_NAME}: bits are chosen by what answers lose; give --calibration DIR")
-    if args.method is not None:
-        raise RecipeError(f"recipe {MIXED_NAME}: --method {args.method}: it measures rounding to nearest; leave it out")
+    if args.method not in (None, *METHODS):
+        raise RecipeError(f"method {args.method!r} is unknown; known methods are {', '.join(METHODS)}")
     if args.kv_cache is not None:
         raise RecipeError(f"recipe {MIXED_NAME}: --kv-cache {args.kv_cache}: weights alone are measured; leave it out")
+    return True
+
+
+def budget_of(args: argparse.Namespace, package: Package) -> "Budget":
+    """The budget that the arguments give. Raises InputError where there is none, or two, or it is no size."""
     from ..export.mixed import Budget  # torch is needed from here on
 
-    return Budget(None if args.max_size is None else _num_bytes(args.max_size), args.max_kl)
+    return Budget(None if args.max_size is None else _num_bytes(args.max_size, package), args.max_kl)
 
 
-def choose(
-    package: Package,
-    budget: "Budget",
-    calibrator: "Calibrator | None",
-    open_role: "OpenRole",
-    block_size: int | None,
-    progress: Progress,
-) -> "Mixed":
-    """Measures and chooses. Raises RecipeError where the package has such a variant already."""
-    from ..export.float_roles import FloatRoles
+def quantize_mixed(
+    args: argparse.Namespace, package: Package, calibrator: "Calibrator", open_role: "OpenRole", progress: Progress
+) -> tuple[Package, Recipe]:
+    """Measures, chooses and writes. Raises RecipeError where the package has a variant of that name already."""
     from ..export.mixed import choose_bits
 
-    assert calibrator is not None
-    if MIXED_NAME in package.manifest.variants:
-        raise RecipeError(f"{package.path}: has a variant {MIXED_NAME}; make another one in a copy of the package")
-    target = package.manifest.target
+    budget, method = budget_of(args, package), args.method or "rtn"
+    name = args.name or (MIXED_NAME if method == "rtn" else f"{MIXED_NAME}_{method.replace('+', '-')}")
+    if name in package.manifest.variants:
+        raise RecipeError(f"{package.path}: has a variant {name!r}; give this one another name by --name")
     with tempfile.TemporaryDirectory(prefix="vlmport-") as folder:
-        roles = FloatRoles(calibrator.feeds, calibrator.roles, open_role, target, Path(folder))
-        return choose_bits(roles, target, budget, block_size=block_size or 32, progress=progress)
+        chosen = choose_bits(
+            calibrator,
+            open_role,
+            package.manifest.target,
+            budget,
+            Path(folder),
+            name=name,
+            method=method,
+            block_size=args.block_size or 32,
+            progress=progress,
+        )
+        print_choice(chosen)
+        after = quantize_package(
+            package.path,
+            chosen.recipe,
+            graphs=chosen.graphs,
+            sources=chosen.sources,
+            progress=progress,
+            calibrate=chosen.codes,
+            allocation=chosen.allocation,
+        )
+    return after, chosen.recipe
 
 
 def print_choice(chosen: "Mixed") -> None:
@@ -92,8 +113,11 @@ def print_choice(chosen: "Mixed") -> None:
     )
 
 
-def _num_bytes(text: str) -> int:
+def _num_bytes(text: str, package: Package) -> int:
+    if text in package.manifest.variants:
+        return package.size(text)
     match = _SIZE.fullmatch(text.strip())
     if match is None or float(match[1]) == 0:
-        raise InputError(f"--max-size {text}: give a size above 0, as 1.5GB, 800MB or a number of bytes")
+        variants = ", ".join(package.manifest.variants)
+        raise InputError(f"--max-size {text}: give a size above 0, as 1.5GB or 800MB, or a variant: {variants}")
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..quant.apply import open_float_graph, quantize_package
-from ..quant.feasible import check_calibration
-from ..quant.recipe import BUILTIN_NAMES, MIXED_NAME, Recipe
-from ..runtime.errors import CheckpointError
+from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, MIXED_NAME, Recipe
+from ..runtime.errors import CheckpointError, RecipeError
 from ..runtime.package import Package, file_entry
 from ..validate.selfcheck import write_selfcheck
 from .calibration import add_calibration, calibration_options, recipe_of
-from .mixed import add_budget, budget_of, choose, print_choice
+from .mixed import add_budget, check_mixed, quantize_mixed
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -48,33 +47,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    budget = budget_of(args)
+    recipe = None if check_mixed(args) else recipe_of(args, args.recipe)
     before = Package.open(args.package)
-    target = before.manifest.target
-    recipe = None if budget is not None else recipe_of(args, args.recipe, target)
     options = calibration_options(args)
-    if recipe is not None:
-        check_calibration([recipe], target, args.calibration)
+    if options is not None and recipe is not None and not recipe.is_calibrated(target=before.manifest.target):
+        raise RecipeError(
+            f"--calibration {options.folder}: no method of {recipe.name} looks at data; leave it out, "
+            f"or give --method {', '.join(CALIBRATED_METHODS)}"
+        )
     with Progress("quantize") as progress:
         calibrate = None if options is None else _calibrator(before, options, progress)
         graphs = None if args.checkpoint is None else _float_graphs(before, args.checkpoint, progress)
-        allocation = None
-        if budget is not None:
+        if recipe is None:
+            assert calibrate is not None
             open_role = graphs.open_role if graphs is not None else functools.partial(open_float_graph, before)
-            chosen = choose(before, budget, calibrate, open_role, args.block_size, progress)
-            recipe, allocation = chosen.recipe, chosen.allocation
-            calibrate = None  # its data are part of the allocation
-            print_choice(chosen)
-        assert recipe is not None
-        after = quantize_package(
-            args.package,
-            recipe,
-            graphs=None if graphs is None else graphs.graphs,
-            sources=None if graphs is None else graphs.sources,
-            progress=progress,
-            calibrate=calibrate,
-            allocation=allocation,
-        )
+            after, recipe = quantize_mixed(args, before, calibrate, open_role, progress)
+        else:
+            after = quantize_package(
+                args.package,
+                recipe,
+                graphs=None if graphs is None else graphs.graphs,
+                sources=None if graphs is None else graphs.sources,
+                progress=progress,
+                calibrate=calibrate,
+            )
     return _report(before, after, recipe, time.perf_counter() - started)
 
 

@@ -6,7 +6,7 @@ Weights are mapped from one file: the system keeps in memory what there is room 
 """
 
 import functools
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..quant.convert import stands_for
+from ..quant.found import FoundCodes
 from ..quant.recipe import Target, WeightFormat
 from ..quant.source import WeightSource
 from ..runtime.errors import RecipeError
@@ -23,10 +24,10 @@ from .calibrate import OpenRole, read_rows
 from .family import RoleSpec
 from .feeds import SampleFeeds
 from .layers import Linear
+from .weight_groups import Key
 
-__all__ = ["Answers", "FloatRoles", "Key"]
+__all__ = ["Answers", "FloatRoles"]
 
-Key = tuple[str, str]  # role, parameter
 _CHUNK_BYTES = 64 << 20
 _SMALLEST = 1e-30
 
@@ -35,10 +36,16 @@ class FloatRoles:
     """Every role of a package on the samples of a folder. Raises RecipeError where its last role gives no logits."""
 
     def __init__(
-        self, feeds: SampleFeeds, roles: Mapping[str, RoleSpec], open_role: OpenRole, target: Target, folder: Path
+        self,
+        feeds: SampleFeeds,
+        roles: Mapping[str, RoleSpec],
+        open_role: OpenRole,
+        target: Target,
+        folder: Path,
+        codes_of: Callable[[Key], FoundCodes | None] = lambda _: None,
     ) -> None:
-        """`folder` takes the file of weights, 4 bytes a parameter."""
-        self.feeds, self._roles = feeds, roles
+        """`folder` takes the file of weights, 4 bytes a parameter; `codes_of` gives codes found for a weight."""
+        self.feeds, self._roles, self._codes_of = feeds, roles, codes_of
         self._scale_dtype = "float32" if target == "cpu" else "float16"
         if roles[list(roles)[-1]].outputs[0].name != "logits":
             raise RecipeError("recipe int4-mixed: this package gives no logits to measure bits by; use int8")
@@ -96,13 +103,16 @@ class FloatRoles:
     def _set(self, key: Key, format: WeightFormat | None) -> None:
         """Puts the values of a weight in their place: those of the checkpoint, or what a format makes of them."""
         role, name = key
+        codes = self._codes_of(key)
         values = self.modules[role].get_parameter(name)
         step = max(1, _CHUNK_BYTES * len(values) // max(1, 4 * values.numel()))
         for start in range(0, len(values), step):
             stop = min(start + step, len(values))
-            rows = read_rows(self.graphs[role].graph, self.sources[role], name, start, stop)
-            if format is not None:
-                rows = stands_for(rows, format, self._scale_dtype, name)
+            if codes is not None and codes.format == format:
+                rows = codes.values(start, stop, values.shape[1])
+            else:
+                rows = read_rows(self.graphs[role].graph, self.sources[role], name, start, stop)
+                rows = rows if format is None else stands_for(rows, format, self._scale_dtype, name)
             values.data[start:stop] = torch.from_numpy(np.ascontiguousarray(rows))
         if format is not None and format.has_blocks and format.accuracy_level == 4:
             self._blocks[key] = format.block_size

@@ -6,19 +6,24 @@ lowered as a whole; and samples that took no part in it tell whether the promise
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import onnx_ir as ir
 import torch
 
 from ..quant.allocate import Choice, Front, Item, Pick
 from ..quant.data_file import Progress
 from ..quant.recipe import MIXED_NAME, Recipe, Rule, Target, WeightFormat
 from ..quant.rewrite import weights_of
+from ..quant.source import WeightSource
 from ..runtime.errors import InputError, RecipeError
 from ..runtime.manifest import Allocation
-from .float_roles import Answers, FloatRoles, Key
-from .weight_groups import Group, StoredSizes, group_weights
+from .calibrate import Calibrator, OpenRole
+from .candidates import Candidates, ChosenCodes, find_candidates
+from .float_roles import Answers, FloatRoles
+from .weight_groups import Group, Key, StoredSizes, group_weights, shared_with_tables
 
 __all__ = ["Budget", "Mixed", "choose_bits", "mean_and_bound"]
 
@@ -52,17 +57,44 @@ class Mixed:
     chosen: Pick
     points: tuple[Pick, ...]
     fixed_bytes: int  # of what has no choice; picks count weights alone
+    graphs: Mapping[str, ir.Model]  # float, by role, and their weights, with the factors of the method in them
+    sources: Mapping[str, WeightSource]
+    codes: ChosenCodes  # what the method found
 
 
 def choose_bits(
-    roles: FloatRoles, target: Target, budget: Budget, *, block_size: int = 32, progress: Progress | None = None
+    calibrator: Calibrator,
+    open_role: OpenRole,
+    target: Target,
+    budget: Budget,
+    folder: Path,
+    *,
+    name: str = MIXED_NAME,
+    method: str = "rtn",
+    block_size: int = 32,
+    progress: Progress | None = None,
 ) -> Mixed:
-    """Measures every weight, and chooses. Raises RecipeError where no choice fits, InputError for too few samples."""
-    num_samples = roles.feeds.num_samples
+    """Measures every weight, and chooses, for a recipe `name`; `folder` takes 4 bytes a parameter and the codes.
+
+    Raises RecipeError where no choice fits, InputError for too few samples.
+    """
+    num_samples = calibrator.feeds.num_samples
     if num_samples < 2:
         raise InputError(f"recipe {MIXED_NAME}: one sample is too few, as some are held out; give a hundred")
+    opened = {role: open_role(role) for role in calibrator.roles}
+    graphs = {role: graph for role, (graph, _) in opened.items()}
+    num_weights = sum(len(weights_of(model.graph)) for model in graphs.values())
+    sources = {role: source for role, (_, source) in opened.items()}
+    groups = group_weights(graphs, sources, by_input=num_weights > _MANY_WEIGHTS)
+    without = shared_with_tables(graphs, groups)
+    candidates = find_candidates(
+        calibrator, target, open_role, folder, without, method=method, block_size=block_size, progress=progress
+    )
+    open_role = candidates.open_role
+    roles = FloatRoles(calibrator.feeds, calibrator.roles, open_role, target, folder, candidates.codes_of)
     held_out = list(range(1, num_samples, _HELD_OUT))
-    search = _Search(roles, [n for n in range(num_samples) if n not in held_out], target, block_size, progress)
+    samples = [number for number in range(num_samples) if number not in held_out]
+    search = _Search(roles, groups, candidates, samples, target, progress)
     front = Front(search.items)
     if budget.max_bytes is not None:
         pick, losses = search.within_bytes(front, budget.max_bytes)
@@ -78,16 +110,18 @@ def choose_bits(
         kl_calibration=mean,
         kl_promised=bound if budget.max_kl is None else budget.max_kl,
         kl_held_out=mean_and_bound(unseen)[0],
-        num_samples=num_samples - len(held_out),
+        num_samples=len(samples),
         num_held_out=len(held_out),
         num_answer_tokens=search.answers.num_rows + answers.num_rows,
-        calibration=roles.feeds.record,
+        calibration=calibrator.record,
         sensitivity=search.sensitivity(),
         max_bytes=budget.max_bytes,
         max_kl=budget.max_kl,
     )
-    rules = tuple(Rule("/".join(key), format) for key, format in formats.items())
-    return Mixed(Recipe(MIXED_NAME, rules), allocation, pick, tuple(front.points(_NUM_POINTS)), search.sizes.fixed)
+    recipe = Recipe(name, tuple(Rule("/".join(key), format) for key, format in formats.items()))
+    codes = ChosenCodes(calibrator.record, candidates.found)
+    points = tuple(front.points(_NUM_POINTS))
+    return Mixed(recipe, allocation, pick, points, search.sizes.fixed, roles.graphs, roles.sources, codes)
 
 
 class _Search:
@@ -96,26 +130,18 @@ class _Search:
     def __init__(
         self,
         roles: FloatRoles,
+        groups: Sequence[Group],
+        candidates: Candidates,
         samples: Sequence[int],
         target: Target,
-        block_size: int,
         progress: Progress | None,
     ) -> None:
         self.first = next(iter(roles.modules))
-        self._roles, self._progress = roles, progress
-        num_weights = sum(len(weights_of(model.graph)) for model in roles.graphs.values())
-        self._groups = group_weights(roles.graphs, roles.sources, by_input=num_weights > _MANY_WEIGHTS)
-        self._formats = {
-            4: WeightFormat(4, block_size),
-            8: WeightFormat(8, block_size),
-            16: WeightFormat(16),
-            32: WeightFormat(32),
-        }
-        graph_floats = 32 if target == "cpu" else 16
-        wanted = [format for format in self._formats.values() if format.bits <= graph_floats]
-        self.sizes = StoredSizes(roles.graphs, roles.sources, target, wanted)
+        self._roles, self._groups, self._candidates, self._progress = roles, groups, candidates, progress
+        wanted = (4, 8, 16, 32) if target == "cpu" else (4, 8, 16)
+        self.sizes = StoredSizes(roles.graphs, roles.sources, target, candidates.block_size, wanted)
         self.answers = Answers(roles, samples)
-        self.items = [self._item(number, group) for number, group in enumerate(self._groups)]
+        self.items = [self._item(number, group) for number, group in enumerate(groups)]
 
     def within_bytes(self, front: Front, max_bytes: int) -> tuple[Pick, list[torch.Tensor]]:
         """The pick with the least sum of losses in so many bytes, and its real losses."""
@@ -160,7 +186,7 @@ class _Search:
     def formats_of(self, pick: Pick) -> dict[Key, WeightFormat]:
         """By weight."""
         chosen = zip(self._groups, pick.choices, strict=True)
-        return {key: self._formats[choice.bits] for group, choice in chosen for key in group}
+        return {key: self._candidates.format_of(key, choice.bits) for group, choice in chosen for key in group}
 
     def sensitivity(self) -> dict[str, dict[str, float]]:
         """Losses by weight and bits, those that were measured."""
@@ -176,11 +202,11 @@ class _Search:
         choices: list[Choice] = []
         for bits in (4, 8):
             self._tell(2 * number + bits // 8, 2 * len(self._groups), name)
-            with self._roles.lowered(dict.fromkeys(group, self._formats[bits])):
+            with self._roles.lowered({key: self._candidates.format_of(key, bits) for key in group}):
                 loss = mean_and_bound(self.answers.losses(group[0][0]))[0]
-            choices.append(Choice(bits, self.sizes.of(group, self._formats[bits]), loss))
+            choices.append(Choice(bits, self.sizes.of(group, bits), loss))
         floats = 32 if self._roles.float16_overflows.intersection(group) else 16
-        return Item(name, (*choices, Choice(floats, self.sizes.of(group, self._formats[floats]), 0.0)))
+        return Item(name, (*choices, Choice(floats, self.sizes.of(group, floats), 0.0)))
 
     def _losses(self, pick: Pick) -> list[torch.Tensor]:
         if self._progress is not None:

@@ -11,9 +11,10 @@ from ..quant.recipe import Recipe, Rule, Target, WeightFormat
 from ..quant.rewrite import StoredTensor, is_linear, rewrite, weights_of
 from ..quant.source import WeightSource
 
-__all__ = ["Group", "StoredSizes", "group_weights"]
+__all__ = ["Group", "Key", "StoredSizes", "group_weights", "shared_with_tables"]
 
-Group = tuple[tuple[str, str], ...]  # (role, parameter) of each of its weights, in the order of the roles
+Key = tuple[str, str]  # role, parameter
+Group = tuple[Key, ...]  # each of its weights, in the order of the roles
 
 _LONG_NAME, _LARGE = "vision_encoder_int4-mixed.onnx_data", 10**9  # a place as a graph tells it
 _PAGE, _LINE, _INLINE = 4096, 64, 1024  # as quant/store.py lays tensors out
@@ -23,7 +24,7 @@ def group_weights(
     graphs: Mapping[str, ir.Model], sources: Mapping[str, WeightSource], *, by_input: bool
 ) -> list[Group]:
     """The weights of all roles; together are those of one tensor, and if `by_input` linears that read one value."""
-    groups: dict[Hashable, list[tuple[str, str]]] = {}
+    groups: dict[Hashable, list[Key]] = {}
     for role, model in graphs.items():
         for name, value in weights_of(model.graph).items():
             origin = sources[role].origin(name)
@@ -31,6 +32,18 @@ def group_weights(
             shared = by_input and len(inputs) == 1 and origin not in groups
             groups.setdefault((role, id(inputs[0])) if shared else origin, []).append((role, name))
     return [tuple(group) for group in groups.values()]
+
+
+def shared_with_tables(graphs: Mapping[str, ir.Model], groups: Sequence[Group]) -> frozenset[Key]:
+    """Tables of embeddings, and the weights that share a choice with one."""
+    weights = {role: weights_of(model.graph) for role, model in graphs.items()}
+    tables = {
+        (role, name)
+        for role, values in weights.items()
+        for name, value in values.items()
+        if not any(is_linear(use.node) for use in value.uses())
+    }
+    return frozenset(key for group in groups if tables.intersection(group) for key in group)
 
 
 class StoredSizes:
@@ -41,30 +54,33 @@ class StoredSizes:
         graphs: Mapping[str, ir.Model],
         sources: Mapping[str, WeightSource],
         target: Target,
-        formats: Sequence[WeightFormat],
+        block_size: int,
+        choices: Sequence[int],
     ) -> None:
+        """`choices` are bits; how codes are found makes no difference."""
         self._sources = sources
-        self._tensors: dict[tuple[str, str, WeightFormat], list[StoredTensor]] = {}
+        self._tensors: dict[tuple[str, str, int], list[StoredTensor]] = {}
         self.fixed = 0  # of graphs and of all that has no choice
         for role, model in graphs.items():
             weights = weights_of(model.graph).keys()
-            for format in formats:
+            for bits in choices:
+                format = WeightFormat(bits) if bits >= 16 else WeightFormat(bits, block_size)
                 recipe = Recipe("sizes", (Rule("*/*.weight", format),))
                 clone = model.clone()
                 stored = rewrite(clone, role, recipe, target)
                 for tensor in stored:
                     if tensor.parameter in weights:
-                        self._tensors.setdefault((role, tensor.parameter, format), []).append(tensor)
-                if format is formats[0]:
+                        self._tensors.setdefault((role, tensor.parameter, bits), []).append(tensor)
+                if bits == choices[0]:
                     self.fixed += _graph_bytes(clone, stored)
                     self.fixed += sum(_padded(tensor.num_bytes) for tensor in stored if tensor.parameter not in weights)
 
-    def of(self, group: Group, format: WeightFormat) -> int:
-        """Bytes of the weights of a group."""
+    def of(self, group: Group, bits: int) -> int:
+        """Bytes of the weights of a group with so many bits each."""
         distinct = {
             (self._sources[role].origin(name), tensor.piece, tensor.num_bytes)
             for role, name in group
-            for tensor in self._tensors[role, name, format]
+            for tensor in self._tensors[role, name, bits]
         }
         return sum(_padded(num_bytes) for _, _, num_bytes in distinct)
 

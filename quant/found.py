@@ -14,10 +14,10 @@ import onnx_ir as ir
 
 from .folds import Fold
 from .kv_cache import note_cache_factors
-from .pack import Piece, pack_codes, pack_zero_points
+from .pack import Piece, pack_codes, pack_zero_points, unpack_codes, unpack_zero_points
 from .ranges import Ranges
 from .recipe import WeightFormat
-from .rtn import Codes, Float32
+from .rtn import Codes, Float32, dequantize_rows
 from .source import WeightSource
 
 __all__ = ["FactoredSource", "Factors", "FoundCodes", "FoundRole", "vector_of"]
@@ -29,6 +29,7 @@ class FoundCodes:
 
     files: Mapping[Piece, Path]
     row_bytes: Mapping[Piece, int]
+    format: WeightFormat
 
     @classmethod
     def write(cls, folder: Path, number: int, codes: Codes, format: WeightFormat) -> "FoundCodes":
@@ -43,7 +44,7 @@ class FoundCodes:
         for piece, array in arrays.items():
             files[piece] = folder / f"{number}.{piece}"
             array.tofile(files[piece])
-        return cls(files, {piece: array.nbytes // len(array) for piece, array in arrays.items()})
+        return cls(files, {piece: array.nbytes // len(array) for piece, array in arrays.items()}, format)
 
     def rows(self, start: int, stop: int) -> dict[Piece, npt.NDArray[Any]]:
         """Rows start to stop of each piece: packed codes and zero points uint8, scales float32."""
@@ -54,6 +55,13 @@ class FoundCodes:
             values = np.fromfile(file, dtype, (stop - start) * width // size, offset=start * width)
             found[piece] = values.reshape(stop - start, width // size)
         return found
+
+    def values(self, start: int, stop: int, num_columns: int) -> Float32:
+        """What the codes of rows start to stop stand for, [stop - start, num_columns]."""
+        rows, bits = self.rows(start, stop), self.format.bits
+        scales = rows["scales"]
+        zero_points = unpack_zero_points(rows["zero_points"], bits, scales.shape[1])
+        return dequantize_rows(unpack_codes(rows["quantized"], bits), scales, zero_points, num_columns)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,15 @@ from ..runtime.errors import RecipeError
 from .recipe import WeightFormat
 from .rtn import Uint8, num_blocks
 
-__all__ = ["Piece", "gather_shapes", "linear_shapes", "pack_codes", "pack_zero_points"]
+__all__ = [
+    "Piece",
+    "gather_shapes",
+    "linear_shapes",
+    "pack_codes",
+    "pack_zero_points",
+    "unpack_codes",
+    "unpack_zero_points",
+]
 
 Piece = Literal["whole", "quantized", "scales", "zero_points"]  # a stored tensor holds one of these of a weight
 
@@ -65,6 +73,17 @@ def pack_zero_points(zero_points_NB: Uint8, format: WeightFormat) -> Uint8:
         return zero_points_NB
     missing = -zero_points_NB.shape[1] % (8 // format.bits)
     return _share_bytes(np.pad(zero_points_NB, ((0, 0), (0, missing))), format.bits)
+
+
+def unpack_codes(bytes_NK: Uint8, bits: int) -> Uint8:
+    """Bytes uint8 [N, K * bits / 8] back to codes uint8 [N, K]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return (bytes_NK[..., None] >> shifts & (2**bits - 1)).reshape(len(bytes_NK), -1)
+
+
+def unpack_zero_points(bytes_NB: Uint8, bits: int, num_blocks: int) -> Uint8:
+    """Bytes of zero points back to uint8 [N, num_blocks], the padding of a row left out."""
+    return unpack_codes(bytes_NB, bits)[:, :num_blocks]
 
 
 def _share_bytes(codes_NK: Uint8, bits: int) -> Uint8:

@@ -25,7 +25,10 @@ from vlmport.runtime.errors import InputError
 CALIBRATION = ("--method", "--calibration", "--calibration-samples", "--kv-cache", "--calibration-seed")
 OPTIONS = {
     "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", *CALIBRATION, "--target", "--overwrite"],
-    "quantize": ["PACKAGE", "--recipe", "--block-size", *CALIBRATION, "--max-size", "--max-kl", "--checkpoint"],
+    "quantize": [
+        *("PACKAGE", "--recipe", "--block-size", *CALIBRATION),
+        *("--max-size", "--max-kl", "--name", "--checkpoint"),
+    ],
     "prepare": ["PACKAGE", "--variant", "--list", "--remove", "--json"],
     "run": [
         *("PACKAGE", "PROMPT", "--image", "--video", "--system", "--variant", "--json"),
