@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..quant.apply import open_float_graph, quantize_package
-from ..quant.recipe import BUILTIN_NAMES, CALIBRATED_METHODS, MIXED_NAME, Recipe
-from ..runtime.errors import CheckpointError, RecipeError
+from ..quant.feasible import check_calibration
+from ..quant.recipe import BUILTIN_NAMES, MIXED_NAME, Recipe
+from ..runtime.errors import CheckpointError
 from ..runtime.package import Package, file_entry
 from ..validate.selfcheck import write_selfcheck
 from .calibration import add_calibration, calibration_options, recipe_of
@@ -47,14 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    recipe = None if check_mixed(args) else recipe_of(args, args.recipe)
+    is_mixed = check_mixed(args)
     before = Package.open(args.package)
+    target = before.manifest.target
+    recipe = None if is_mixed else recipe_of(args, args.recipe, target)
     options = calibration_options(args)
-    if options is not None and recipe is not None and not recipe.is_calibrated(target=before.manifest.target):
-        raise RecipeError(
-            f"--calibration {options.folder}: no method of {recipe.name} looks at data; leave it out, "
-            f"or give --method {', '.join(CALIBRATED_METHODS)}"
-        )
+    if recipe is not None:
+        check_calibration([recipe], target, args.calibration)
     with Progress("quantize") as progress:
         calibrate = None if options is None else _calibrator(before, options, progress)
         graphs = None if args.checkpoint is None else _float_graphs(before, args.checkpoint, progress)
