@@ -14,6 +14,7 @@ from typing import Any
 
 from ..runtime.errors import InputError
 from ..runtime.package import MANIFEST_NAME, Package, file_entry
+from ..validate.advice import raising
 from ..validate.compare import StageRow
 from ..validate.gates import default_gates, load_gates
 from ..validate.judged import hash_task
@@ -88,6 +89,9 @@ def execute(args: argparse.Namespace) -> int:
         print(json.dumps(report_json(report), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         print(render(report))
+        for variant in report_json(report)["variants"]:
+            if advice := raising(variant):
+                print(f"{variant['name']}: {advice}")
         for variant in report.variants:
             if variant.bisect is not None:
                 print(f"{variant.name}, {_first_fault(variant.bisect)}")

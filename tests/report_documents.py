@@ -1,5 +1,9 @@
 """A report's JSON with every part that the page draws: the real writer's where it can be, made-up numbers else."""
 
+import re
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 
 from vlmport.validate.intervals import ratio
@@ -110,3 +114,22 @@ def document(*variants):
         ],
         "variants": list(variants),
     }
+
+
+# Mappings whose keys are names of things, not fields.
+NAMES_OF = {
+    *("reference_files", "task_files", "files", "source_files", "versions", "precisions", "by_kind", "by_class"),
+    *("by_size", "tie_margin", "table", "tolerances"),
+}
+
+
+def field_names(value: Any, name: str = "") -> Iterator[str]:
+    """Names of all fields of a JSON document."""
+    if isinstance(value, list):
+        for item in value:
+            yield from field_names(item, name)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if name not in NAMES_OF and not re.search(r"_ci_(low|high)$", key):
+                yield key
+            yield from field_names(item, "" if name in NAMES_OF else key)

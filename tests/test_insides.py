@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from report_documents import field_names
 
 from vlmport.runtime.package import Package
 from vlmport.validate import shards
@@ -11,6 +12,7 @@ from vlmport.validate.gates import default_gates
 from vlmport.validate.insides import Plan
 from vlmport.validate.journal import Journal
 from vlmport.validate.reference import load_reference
+from vlmport.validate.report import report_json
 from vlmport.validate.run import validate_reference
 from vlmport.validate.samples import built_in_samples
 from vlmport.validate.shards import JOURNAL_TYPES
@@ -102,3 +104,17 @@ def test_inputs_that_bite_are_swept(validated):
     skipped = [row for row in report.sweep if row["outcome"] is None]
     assert len(skipped) < len(report.sweep) / 2
     assert all(row["skipped"] for row in skipped)
+
+
+def test_every_field_of_a_real_report_is_explained(validated):
+    text = (Path(__file__).parents[1] / "docs" / "report-format.md").read_text(encoding="utf-8")
+    document = report_json(validated[1])
+    assert document["variants"][-1]["waterfall"]
+    assert document["sweep"]
+    assert [name for name in sorted(set(field_names(document))) if f"`{name}`" not in text] == []
+
+
+def test_a_variant_that_failed_is_told_what_to_raise(validated):
+    for variant in validated[1].variants:
+        assert bool(variant.raises) == (variant.outcome == "FAIL")
+    assert any(variant.raises for variant in validated[1].variants)

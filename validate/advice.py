@@ -4,7 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["broken_gates", "layers_to_raise"]
+__all__ = ["broken_gates", "layers_to_raise", "raising"]
+
+_NUM_RAISES = 3  # told; the JSON has all that were measured
 
 
 def broken_gates(variant: Mapping[str, Any]) -> list[str]:
@@ -27,6 +29,25 @@ def layers_to_raise(variant: Mapping[str, Any], num: int = 3) -> list[str]:
             grown.append((error**2 - before**2, layer["stage"]))
         before = error
     return [stage for growth, stage in sorted(grown, reverse=True)[:num] if growth > 0]
+
+
+def raising(variant: Mapping[str, Any]) -> str:
+    """One sentence on what to raise; empty for a variant that has not failed, or of which nothing is known.
+
+    Layers whose gain is measured come with it, those whose interval reaches 0 do not come. Without a measurement it is
+    the growth of their error.
+    """
+    if variant["outcome"] != "FAIL":
+        return ""
+    measured = variant.get("raises") or ()
+    if measured:
+        sure = [each for each in measured if float(each["ci_low"]) > 0][:_NUM_RAISES]
+        if not sure:
+            return f"No single layer of {len(measured)} that were raised to floats gained anything for sure."
+        gains = [f"{each['stage']} ({each['gain'] / each['before']:.0%})" for each in sure]
+        return f"Raise {', '.join(gains)} first: so much of the mean KL goes with that layer in floats."
+    names = layers_to_raise(variant)
+    return f"Raise the precision of {', '.join(names)} first: their error grows most." if names else ""
 
 
 def _broken(gate: Mapping[str, Any]) -> str:

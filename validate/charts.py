@@ -16,6 +16,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
 __all__ = ["Bar", "Curve", "Dot", "bars", "curves", "dots"]
 
@@ -167,14 +168,39 @@ def dots(title: str, points: Sequence[Dot], *, order: Sequence[str], x_label: st
         for point in points:
             style = order.index(point.name) % len(_SERIES)
             axes.plot(point.x, point.y, marker=_MARKERS[style], markersize=9, color=_SERIES[style], linestyle="none")
-            text = f"{point.name}\n{point.note}" if point.note else point.name
-            axes.annotate(text, (point.x, point.y), xytext=(9, 0), textcoords="offset points", va="center", fontsize=9)
         _log(axes, [point.y for point in points])
         axes.margins(x=0.22, y=0.2)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid()
+        _name(figure, axes, points)
         return _svg(figure, title)
+
+
+def _name(figure: Figure, axes: Axes, points: Sequence[Dot]) -> None:
+    """Names beside points, each where it covers no other: on the right, else on the left, else further up or down."""
+    figure.draw_without_rendering()  # places are known from here on
+    placed: list[Bbox] = []
+    for point in points:
+        text = f"{point.name}\n{point.note}" if point.note else point.name
+        for x, y in ((9, 0), (-9, 0), (9, 24), (9, -24), (-9, 24), (-9, -24), (9, 48), (9, -48)):
+            label = axes.annotate(
+                text,
+                (point.x, point.y),
+                xytext=(x, y),
+                textcoords="offset points",
+                va="center",
+                ha="left" if x > 0 else "right",
+                fontsize=9,
+            )
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in placed):
+                break
+            label.remove()
+        else:
+            label = axes.annotate(text, (point.x, point.y), xytext=(9, 0), textcoords="offset points", fontsize=9)
+            box = label.get_window_extent()
+        placed.append(box)
 
 
 def _log(axes: Axes, values: Sequence[float]) -> None:

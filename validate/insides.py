@@ -5,7 +5,7 @@ beside what it left. The reference's own noise is measured last, as it computes 
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..runtime.session import GraphSession
 from .bisect import OperatorError
 from .images import ImageReference, ImageSample
 from .localise import Localised, localise, tap_image_reference, tap_reference
+from .raises import Raise, measure_raises
 from .reference import ReferenceModel, ReferenceRun
 from .samples import Sample
 from .statistics import KlSummary, summarize_kl
@@ -80,6 +81,7 @@ class VariantInsides:
     waterfall: Waterfall | None
     bisect: Mapping[str, Any] | None  # see `bisection`
     sweep: tuple[Mapping[str, Any], ...]  # SweepResult and its outcome
+    raises: tuple[Raise, ...] = ()  # of a variant that failed
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,9 @@ def look_inside(
     variants: Sequence[str],
     plan: Plan,
     progress: Progress,
+    failed: Collection[str] = (),
 ) -> Insides:
-    """`runs`: what the reference made of samples, their files still there."""
+    """`runs`: what the reference made of samples, their files still there. `failed`: variants to be raised."""
     positions = package.manifest.positions
     rule = reference.video_rule if positions is not None and positions.video_rule is not None else None
     found: dict[str, VariantInsides] = {}
@@ -118,16 +121,20 @@ def look_inside(
         def vision(patches: Sequence[Any]) -> Array:
             return reference.vision(patches)[1]
 
+        asked = [(request.prepared, request.forced_ids, request.second) for request in requests]
         for name in variants:
             progress(0, 1, f"{name}, layers")
             localised = localise(package, name, tapped, progress)
+            layers = layer_drift(localised)
             found[name] = VariantInsides(
-                layers=layer_drift(localised),
+                layers=layers,
                 waterfall=_waterfall(package, name, requests, preprocessing, Path(folder), rule, progress),
                 bisect=bisection(localised) if plan.bisect else None,
                 sweep=_swept(package, name, vision, rule, progress) if plan.sweep else (),
+                raises=measure_raises(package, name, layers, asked, Path(folder), rule, progress)
+                if name in failed
+                else (),
             )
-        asked = [(request.prepared, request.forced_ids, request.second) for request in requests]
         errors = noise_errors(reference, asked, lambda done: progress(done, len(asked), "noise of the reference"))
     return Insides(Noise("PyTorch float32 against bfloat16", summarize_kl(errors)) if errors else None, found)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from . import sections
-from .advice import broken_gates, layers_to_raise
+from .advice import broken_gates, raising
 from .page_examples import Pictures, examples
 from .page_parts import Document, Table, interval, kl_of, number, share
 
@@ -49,10 +49,10 @@ def page(document: Document, pictures: Pictures = lambda name: None) -> str:
     )
     reference = document["reference"]
     code = reference.get("code") or reference.get("upstream", "")
+    against = reference.get("checkpoint") or reference.get("golden") or reference.get("package", "")
     subtitle = (
-        f"Reference: {reference.get('checkpoint') or reference.get('golden') or reference.get('package', '')}"
-        f"{f' ({code})' if code else ''}. {document['num_samples']} samples{_inputs_note(document)}. "
-        f"{document['provider']}."
+        f"Reference: {', '.join(filter(None, (against, reference.get('variant'))))}{f' ({code})' if code else ''}. "
+        f"{document['num_samples']} samples{_inputs_note(document)}. {document['provider']}."
     )
     return template.render(
         outcome=document["outcome"],
@@ -80,8 +80,8 @@ def _verdict(variant: Document) -> Verdict:
         lines.append(f"And {len(broken) - _NUM_BROKEN} more, below.")
     if (cause := _main_cause(variant)) is not None:
         lines.append(cause)
-    if variant["outcome"] == "FAIL" and (names := layers_to_raise(variant)):
-        lines.append(f"Raise the precision of {', '.join(names)} first: their error grows most.")
+    if advice := raising(variant):
+        lines.append(advice)
     return Verdict(variant["name"], variant["outcome"], sentence, tuple(lines))
 
 

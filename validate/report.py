@@ -92,6 +92,7 @@ class VariantReport:
     task: TaskScore | None = None
     statistics: Statistics | None = None
     layers: tuple[Any, ...] = ()  # insides.LayerDrift
+    raises: tuple[Any, ...] = ()  # raises.Raise
     waterfall: Any = None  # waterfall.Waterfall
     bisect: Mapping[str, Any] | None = None  # insides.bisection
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .advice import raising
+
 __all__ = ["inputs_line", "markdown", "reference_name", "task_lines", "task_showcase"]
 
 
@@ -115,6 +117,8 @@ def _variant_section(variant: Mapping[str, Any]) -> list[str]:
         cells = [_number(values.get(name)) for name in ("max_abs", "cosine_min", "kl_mean", "same_top1")]
         outcome = row["outcome"] or "reported"
         lines.append(f"| {row['stage']} | {row['num_samples']} | {' | '.join(cells)} | {broken} | {outcome} |")
+    if advice := raising(variant):
+        lines += ["", advice]
     notes = [note for row in variant["rows"] for note in row["notes"]]
     lines += ["", *(f"- {note}" for note in notes)]
     if variant["not_compared"]:

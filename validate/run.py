@@ -72,7 +72,8 @@ def validate_reference(
     about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
     report = assembled("reference", about, package, judged, compared, samples, task, gates)
     if plan is not None:
-        insides = _look_inside(package, checkpoint, reference, samples, variants, rule, plan, progress)
+        failed = [variant.name for variant in report.variants if variant.outcome == "FAIL"]
+        insides = _look_inside(package, checkpoint, reference, samples, variants, rule, plan, progress, failed)
         report = with_insides(report, insides)
     check_unchanged(judged)
     return report
@@ -137,7 +138,7 @@ def _compare(
 def with_insides(report: Report, insides: "Insides") -> Report:
     """The report with what was found inside its variants."""
     variants = [
-        replace(variant, layers=inside.layers, waterfall=inside.waterfall, bisect=inside.bisect)
+        replace(variant, layers=inside.layers, raises=inside.raises, waterfall=inside.waterfall, bisect=inside.bisect)
         for variant in report.variants
         for inside in [insides.variants[variant.name]]
     ]
@@ -154,6 +155,7 @@ def _look_inside(
     rule: str | None,
     plan: "Plan",
     progress: Progress,
+    failed: Sequence[str],
 ) -> "Insides":
     """The insides, on the first samples: the reference answers these once more, as nothing of it was kept."""
     from .insides import look_inside  # torch is needed from here on
@@ -162,7 +164,7 @@ def _look_inside(
     with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
         with Model.load(package.path, variants[0], video_rule=rule) as model:
             runs = run_reference(reference, model, samples[: plan.num_samples], 0, Path(folder), progress)
-        return look_inside(package, reference, roles, runs, variants, plan, progress)
+        return look_inside(package, reference, roles, runs, variants, plan, progress, failed)
 
 
 def roles_of_checkpoint(checkpoint: Path) -> "Mapping[str, RoleSpec]":

@@ -40,6 +40,7 @@ __all__ = [
     "Tally",
     "Waterfall",
     "chain_of",
+    "float_graph",
     "measure",
     "noise_errors",
     "reference_logits",
@@ -110,7 +111,7 @@ def chain_of(package: Package, variant: str, folder: Path) -> Chain:
     """What is swapped on the way to a variant. Graphs that are made for it go to `folder`."""
     graphs = {role: package.graph_path(role, variant) for role in package.manifest.roles}
     labels = {role: graph.precision for role, graph in package.variant(variant).graphs.items()}
-    floats = {role: path for role in graphs if (path := _float_graph(package, role)) is not None}
+    floats = {role: path for role in graphs if (path := float_graph(package, role)) is not None}
     missing = sorted(set(graphs) - set(floats))
     if missing:
         reason = f"no variant of the package has {missing[0]} in float; export it with recipe fp32 among the others"
@@ -223,7 +224,7 @@ def _last(package: Package, graphs: Mapping[str, Path], *, changed: bool = True)
     ]
 
 
-def _float_graph(package: Package, role: str) -> Path | None:
+def float_graph(package: Package, role: str) -> Path | None:
     """The graph that stores the weights of a role as widely as any variant does: float32, else float16."""
     for wanted in ("fp32", "fp16"):
         for name, variant in package.manifest.variants.items():
