@@ -1,6 +1,7 @@
 """The arguments of `export` and `quantize` that say how codes are found."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 __all__ = ["add_calibration", "calibration_options", "recipe_of"]
 
 _DEFAULT_SAMPLES = 128
+_PARTS = ("image", "text", "answer")  # of what flows through a decoder
 _CACHES: dict[str, Literal["channel", "tensor"]] = {"int8": "channel", "int8-tensor": "tensor"}
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """--method, --calibration, --calibration-samples, --calibration-seed."""
+    """--method, --kv-cache, --calibration and what goes with it."""
     parser.add_argument(
         "--method",
         metavar="M",
@@ -37,6 +39,12 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kv-cache", choices=list(_CACHES), help="key/value cache in 8 bits, a scale a channel or a tensor: int4_kv8"
     )
+    parser.add_argument(
+        "--calibration-weights",
+        metavar="PART=W,...",
+        help="how much a row of the decoder counts, by what it is: image, text, answer "
+        "(default: image=0.1,text=1,answer=1)",
+    )
     parser.add_argument("--calibration-seed", metavar="N", type=int, help="which of them to take (default: 0)")
 
 
@@ -49,7 +57,7 @@ def recipe_of(args: argparse.Namespace, name: str, target: Target) -> Recipe:
 
 def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None":
     """What the arguments say, or None without --calibration. Raises InputError where they do not go together."""
-    for name in ("calibration_samples", "calibration_seed"):
+    for name in ("calibration_samples", "calibration_seed", "calibration_weights"):
         value = getattr(args, name)
         if value is not None and args.calibration is None:
             raise InputError(f"--{name.replace('_', '-')} {value}: goes with --calibration DIR; give both or none")
@@ -60,4 +68,24 @@ def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None"
     num_samples = _DEFAULT_SAMPLES if args.calibration_samples is None else args.calibration_samples
     if num_samples < 1:
         raise InputError(f"--calibration-samples {num_samples}: at least one is needed, better a hundred")
-    return CalibrationOptions(args.calibration, num_samples=num_samples, seed=args.calibration_seed or 0)
+    weights = {} if args.calibration_weights is None else _weights(args.calibration_weights)
+    return CalibrationOptions(args.calibration, num_samples=num_samples, seed=args.calibration_seed or 0, **weights)
+
+
+def _weights(text: str) -> dict[str, float]:
+    """`image=0.1,answer=2` as fields of CalibrationOptions. Raises InputError for what is not of that form."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        if name not in _PARTS or f"{name}_weight" in found:
+            raise InputError(f"--calibration-weights {text}: {name!r}: parts are {', '.join(_PARTS)}, each once")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight < math.inf:
+            raise InputError(f"--calibration-weights {text}: {part!r}: give a number of 0 or more, as {name}=0.5")
+        found[f"{name}_weight"] = weight
+    if all(found.get(f"{name}_weight", 1.0) == 0 for name in _PARTS):
+        raise InputError(f"--calibration-weights {text}: nothing counts; give at least one part more than 0")
+    return found

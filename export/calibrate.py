@@ -4,7 +4,7 @@ Roles are run in the order in which a request goes through them, each on what th
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..runtime.package import Package
 from ..runtime.prompt import PromptBuilder
 from .family import ManifestParts, RoleSpec, family_of, roles_of
 from .feeds import CalibrationOptions, SampleFeeds
+from .shelf import Shelf, Space
 from .stages import RoleStages, Stage
 from .watch import Watch
 
@@ -52,11 +53,15 @@ class Calibrator:
         calibrated = [role for role in self.roles if recipe.is_calibrated(role, target)]
         last = max(list(self.roles).index(role) for role in calibrated)
         found: dict[str, FoundRole] = {}
-        known: list[dict[str, torch.Tensor]] = [self.feeds.start(sample) for sample in range(self.feeds.num_samples)]
+        space = Space(self.feeds.memory)
+        known = Shelf(folder / "known", space)
+        for sample in range(self.feeds.num_samples):
+            known[sample] = self.feeds.start(sample)
         for number, name in enumerate(list(self.roles)[: last + 1]):
             place = folder / name
             place.mkdir(parents=True)
-            found[name] = self._role(name, recipe, target, open_role, known, place, is_last=number == last)
+            found[name] = self._role(name, recipe, target, open_role, known, space, place, is_last=number == last)
+        known.clear()
         return {role: found[role] for role in calibrated}
 
     @torch.no_grad()
@@ -66,7 +71,8 @@ class Calibrator:
         recipe: Recipe,
         target: Target,
         open_role: OpenRole,
-        known: list[dict[str, torch.Tensor]],
+        known: MutableMapping[int, dict[str, torch.Tensor]],
+        space: Space,
         folder: Path,
         *,
         is_last: bool,
@@ -74,42 +80,60 @@ class Calibrator:
         """Quantizes a role, and adds its outputs to what is known of the samples."""
         model, source = open_role(name)
         spec, found = self.roles[name], FoundRole(folder)
-        feeds: list[list[Any]] = []
-        weights: list[torch.Tensor] = []
-        taking = [number for number, values in enumerate(known) if self.feeds.takes(name, values)]
-        for number in taking:
-            feed, rows = self.feeds.feed(name, number, known[number])
-            feeds.append(feed)
-            weights.append(rows)
-        if not feeds:
+        feeds, carried = Shelf(folder / "feeds", space), Shelf(folder / "carried", space)
+        taking, weights = self._feed(name, known, feeds)
+        if not taking:
             return found
         with torch.device("meta"):
             module = spec.build().eval()
-        run = RoleStages(module, lambda *place: read_rows(model.graph, source, *place), feeds, weights)
+        run = RoleStages(module, lambda *place: read_rows(model.graph, source, *place), feeds, weights, carried)
         names = {key for key, value in module.named_parameters() if value.dim() == 2}
         formats = {key: format for key in names if (format := recipe.format_of(name, key, target)) is not None}
         folds = find_folds(model.graph)
         watch = Watch(module) if recipe.is_guarded(target) else None
         if watch is not None:
             found.ranges = watch.ranges
-            for feed in feeds:
+            for feed in feeds.values():
                 watch.see_inputs(spec.inputs, feed)
         to_the_end = not is_last or any(formats[key].is_calibrated for key in run.outside & formats.keys())
         to_the_end = to_the_end or watch is not None
-        for done, stage in enumerate(run.stages(to_the_end=to_the_end), start=1):
+        total = run.num_stages(to_the_end=to_the_end)
+        for number, stage in enumerate(run.stages(to_the_end=to_the_end)):
+            self._tell(number, total, f"{recipe.name}: calibrating {name}")
             if watch is not None:
                 watch.is_on = False  # what a search tries out is no matter here
-            if self._progress is not None:
-                self._progress(0, 0, f"{recipe.name}: calibrating {name}, stage {done}")
             quantize_stage(stage, formats, folds, "float32" if target == "cpu" else "float16", found)
             if recipe.cache is not None and name == "decoder":
                 found.cache += cache_ranges(stage)
             if watch is not None:
                 watch.is_on = True
+        self._tell(total, total, f"{recipe.name}: calibrating {name}")
         if to_the_end:
             for place, number in enumerate(taking):
-                self.feeds.keep(name, known[number], run.run(place))
+                values = dict(known[number])
+                self.feeds.keep(name, values, run.run(place))
+                known[number] = values
+        feeds.clear()
+        carried.clear()
         return found
+
+    def _feed(
+        self, role: str, known: Mapping[int, dict[str, torch.Tensor]], feeds: MutableMapping[int, Any]
+    ) -> tuple[list[int], list[torch.Tensor]]:
+        """Which samples go through a role, and the weights of their rows; what it is given goes to `feeds`."""
+        taking: list[int] = []
+        weights: list[torch.Tensor] = []
+        for sample in sorted(known):
+            values = known[sample]
+            if self.feeds.takes(role, values):
+                feeds[len(taking)], rows = self.feeds.feed(role, sample, values)
+                weights.append(rows)
+                taking.append(sample)
+        return taking, weights
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        if self._progress is not None:
+            self._progress(done, total, f"{what}, stage {min(done + 1, total)} of {total}")
 
 
 def package_calibrator(package: Package, options: CalibrationOptions, progress: Progress | None = None) -> Calibrator:

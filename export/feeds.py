@@ -4,7 +4,7 @@ Dims: S tokens of prompt and answer, D width of a token embedding, R rows of vis
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +43,15 @@ class CalibrationOptions:
     image_weight: float = 0.1
     text_weight: float = 1.0
     answer_weight: float = 1.0
+    memory: int = 1 << 30  # bytes of activations that wait in memory for the next stage; the rest waits on disk
 
 
 @dataclass(frozen=True)
 class _Request:
-    """One sample, ready for the roles."""
+    """One sample, ready for the roles but for its pixels, which are read again when they are needed."""
 
-    visuals: tuple[Patches, ...]
-    prepared: Prepared | None  # None where a package takes no prompts
+    grids: tuple[tuple[int, int, int], ...]  # of its images and clips
+    prepared: Prepared | None  # None where a package takes no prompts; without visuals
     answer_ids: tuple[int, ...]
 
 
@@ -76,9 +77,9 @@ class SampleFeeds:
         """Reads and checks the samples. Raises InputError naming what is wrong with them."""
         self._roles, self._parts, self._builder = roles, parts, builder
         self._options, folder = options, options.folder
-        samples = load_samples(folder, options.num_samples, options.seed)
-        self._requests = [self._request(folder, sample) for sample in samples]
-        if not any(request.visuals for request in self._requests) and parts.image is not None:
+        samples = self._samples = load_samples(folder, options.num_samples, options.seed)
+        self._requests = [self._request(sample) for sample in samples]
+        if not any(request.grids for request in self._requests) and parts.image is not None:
             raise InputError(f"{folder}: no sample has an image; text alone calibrates a model that sees badly")
         num_tokens = sum(
             len(request.answer_ids) + (0 if request.prepared is None else len(request.prepared.input_ids))
@@ -96,6 +97,11 @@ class SampleFeeds:
         )
 
     @property
+    def memory(self) -> int:
+        """Bytes of activations that may wait in memory."""
+        return self._options.memory
+
+    @property
     def num_samples(self) -> int:
         return len(self._requests)
 
@@ -105,9 +111,9 @@ class SampleFeeds:
 
     def start(self, sample: int) -> dict[str, torch.Tensor]:
         """What is known of a sample before any role has run."""
-        visuals = self._requests[sample].visuals
-        if not visuals:
+        if not self._requests[sample].grids:
             return {}
+        visuals, _ = self._prepare(self._samples[sample])
         pixels = np.concatenate([patches.pixel_values for patches in visuals])
         return {"pixel_values": torch.from_numpy(pixels.astype(np.float32))}
 
@@ -133,9 +139,8 @@ class SampleFeeds:
             return [torch.tensor([ids])], torch.ones(len(ids))
         spec = self._parts.vision or VisionSpec(inputs=(), merge_size=1, window_blocks=0)
         names = [port.name for port in self._roles[role].inputs]
-        grids = [patches.grid for patches in request.visuals]
         missing = [name for name in names if name not in known]
-        indices = {name: torch.from_numpy(array) for name, array in vision_inputs(spec, grids, missing).items()}
+        indices = {name: torch.from_numpy(array) for name, array in vision_inputs(spec, request.grids, missing).items()}
         feed = [{**known, **indices}[name] for name in names]
         return feed, torch.ones(len(feed[0]))
 
@@ -168,19 +173,25 @@ class SampleFeeds:
         cache = [torch.zeros(1, int(port.shape[1]), 0, int(port.shape[3])) for port in past]
         return [*(values[port.name] for port in single), cache], torch.from_numpy(weights_S)
 
-    def _request(self, folder: Path, sample: CalibrationSample) -> _Request:
+    def _prepare(self, sample: CalibrationSample) -> tuple[tuple[Patches, ...], Prepared | None]:
+        """Images and clips of a sample, and its prompt."""
+        folder = self._options.folder
         if self._builder is None:
             visuals = read_messages(sample.messages, folder=folder).visuals
             assert self._parts.image is not None
-            patches = [preprocess_images([load_image(v.source)], self._parts.image, ImageOptions()) for v in visuals]
-            return _Request(tuple(patches), None, ())
+            image = self._parts.image
+            return tuple(preprocess_images([load_image(v.source)], image, ImageOptions()) for v in visuals), None
         try:
             prepared = prepare_messages(self._builder, self._parts, sample.messages, {}, folder=folder)
         except InputError as error:
             raise InputError(f"{folder}: sample {sample.id}: {error}") from error
+        return prepared.visuals, replace(prepared, visuals=())
+
+    def _request(self, sample: CalibrationSample) -> _Request:
+        visuals, prepared = self._prepare(sample)
         ids: tuple[int, ...] = ()
-        if sample.answers:
+        if sample.answers and self._builder is not None:
             encoded = self._builder.tokenizer.encode(sample.answers[0], add_special_tokens=False)
             ends = () if self._parts.generation is None else self._parts.generation.eos_token_ids[:1]
             ids = (*encoded.ids, *ends)
-        return _Request(prepared.visuals, prepared, ids)
+        return _Request(tuple(patches.grid for patches in visuals), prepared, ids)

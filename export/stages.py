@@ -7,7 +7,7 @@ that needed more than the block just before would stop with an error of PyTorch,
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,16 +36,24 @@ class RoleStages:
     """The stages of a role on some samples: what lies before the blocks, each block, what lies behind them."""
 
     def __init__(
-        self, module: nn.Module, read: ReadRows, feeds: Sequence[Sequence[Any]], weights: Sequence[torch.Tensor]
+        self,
+        module: nn.Module,
+        read: ReadRows,
+        feeds: Mapping[int, Sequence[Any]],
+        weights: Sequence[torch.Tensor],
+        carried: MutableMapping[int, Any],
     ) -> None:
-        """`module` is on the device "meta"; `feeds` are its arguments by sample, `weights` [T] those of its rows."""
+        """`module` is on the device "meta"; `feeds` are its arguments by sample, `weights` [T] those of its rows.
+
+        `carried` is where what a stage gives waits for the next one, by sample.
+        """
         self.feeds, self.weights = feeds, weights
         self._module, self._read = module, read
         self._blocks = list(_blocks(module, ""))
         self._place = -1  # of the block that is run now; -1 before all, their number behind all
         self._sample = 0
-        self._carried: list[Any] = [None] * len(feeds)  # what the block before gave, by sample
-        self._shapes: list[list[Any]] = [[] for _ in feeds]  # what earlier blocks gave, without values
+        self._carried = carried  # what the block before gave, by sample
+        self._shapes: list[list[Any]] = [[] for _ in weights]  # what earlier blocks gave, without values
         for index, (_, block) in enumerate(self._blocks):
             block.forward = functools.partial(self._call_block, index, block.forward)
         inside = {id(part) for _, block in self._blocks for part in block.modules()}
@@ -62,6 +70,10 @@ class RoleStages:
     def outside(self) -> set[str]:
         """Names of the weights of linears that belong to no block."""
         return {_join(name, "weight") for name, part in self._outside.items() if isinstance(part, Linear)}
+
+    def num_stages(self, *, to_the_end: bool) -> int:
+        """How many stages there are at most: one before the blocks, where linears are there, and one behind them."""
+        return (len(self._blocks) + 1 if self._blocks else 0) + to_the_end
 
     def stages(self, *, to_the_end: bool) -> Iterator["Stage"]:
         """Each stage in turn, loaded; its samples go on when the next is asked for, by the weights it has then.
@@ -102,7 +114,7 @@ class RoleStages:
             return done.result
 
     def _advance(self) -> None:
-        for sample in range(len(self.feeds)):
+        for sample in range(len(self.weights)):
             result = self.run(sample)
             self._shapes[sample].append(pytree.tree_map(lambda tensor: tensor.to("meta"), result))
             self._carried[sample] = result
@@ -157,7 +169,7 @@ class Stage:
 
     def __init__(self, role: RoleStages, parameters: dict[str, nn.Parameter], linears: dict[str, nn.Module]) -> None:
         self.parameters, self.linears = parameters, linears
-        self.num_samples = len(role.feeds)
+        self.num_samples = len(role.weights)
         self._role = role
 
     def run(self, sample: int) -> torch.Tensor:

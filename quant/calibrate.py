@@ -118,7 +118,7 @@ def quantize_stage(
 ) -> None:
     """Finds codes of every linear of the stage whose format is calibrated; `formats` are by the name of the weight."""
     with torch.no_grad():
-        needed = {name: [formats[name]] for name in stage.linears if name in formats and formats[name].is_calibrated}
+        needed = {name: formats[name] for name in stage.linears if name in formats and formats[name].is_calibrated}
         inputs = _observe(stage, needed)
         wanted = {name for name in needed if formats[name].method.startswith("awq")}
         folds = [fold for fold in folds if wanted.intersection(fold.readers) and _is_inside(fold, stage)]
@@ -137,18 +137,18 @@ def quantize_stage(
             if name in needed:
                 entry = inputs.pop(name)  # with the last of its readers it goes: it can be the largest thing here
                 codes = _find(weight.data, entry, format, scale_dtype, name)
-                del entry
                 found.add_codes(name, codes, format)
+                del entry
                 weight.data = torch.from_numpy(dequantize_rows(*codes, weight.shape[1]))
             else:
                 weight.data = _stands_for(weight.data, format)
 
 
-def _observe(stage: Stage, needed: Mapping[str, Sequence[WeightFormat]]) -> dict[str, _Inputs]:
+def _observe(stage: Stage, needed: Mapping[str, WeightFormat]) -> dict[str, _Inputs]:
     """Inputs of the needed linears, by the name of their weight; those that read one value share an entry."""
     inputs: dict[str, _Inputs] = {}
-    uses = {name: {("gptq" in each.method, each.block_size) for each in formats} for name, formats in needed.items()}
-    is_whole = any(whole for several in uses.values() for whole, _ in several)
+    uses = {name: ("gptq" in format.method, format.block_size) for name, format in needed.items()}
+    is_whole = any(whole for whole, _ in uses.values())
     at_work = 0
     seen: list[tuple[torch.Tensor, _Inputs]] = []  # inputs of this sample, so that each is added once
 
@@ -158,7 +158,7 @@ def _observe(stage: Stage, needed: Mapping[str, Sequence[WeightFormat]]) -> dict
                 return
         size = x.shape[-1]
         if name not in inputs:
-            inputs[name] = _Inputs.of(size, size if is_whole else max(block for _, block in uses[name]))
+            inputs[name] = _Inputs.of(size, size if is_whole else uses[name][1])
         rows = x.reshape(-1, size).to(torch.float32)
         inputs[name].add(rows, stage.row_weights(at_work, len(rows)))
         seen.append((x, inputs[name]))
@@ -180,7 +180,7 @@ def _observe(stage: Stage, needed: Mapping[str, Sequence[WeightFormat]]) -> dict
     for name, entry in inputs.items():
         if not entry.uses:
             entry.complete()
-        entry.uses |= uses[name]
+        entry.uses.add(uses[name])
     return inputs
 
 

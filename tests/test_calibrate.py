@@ -13,10 +13,12 @@ from vlmport.cli.main import main
 from vlmport.export.calibrate import package_calibrator, read_rows
 from vlmport.export.family import family_of, roles_of
 from vlmport.export.feeds import CalibrationOptions
+from vlmport.export.shelf import Shelf, Space
 from vlmport.export.stages import RoleStages
 from vlmport.quant.apply import open_float_graph, quantize_package
-from vlmport.quant.recipe import Recipe, Rule, WeightFormat
+from vlmport.quant.recipe import Recipe, Rule, WeightFormat, load_recipe
 from vlmport.runtime import load
+from vlmport.runtime.errors import CapacityError
 from vlmport.runtime.package import Package
 from vlmport.validate.samples import draw_picture
 
@@ -61,12 +63,19 @@ def test_every_role_can_be_calibrated(method: str, package: Path, calibration: P
 
 
 def test_equal_data_give_equal_bytes(package: Path, calibration: Path, tmp_path: Path) -> None:
+    """Also where activations wait on disk, not in memory."""
     other = Path(shutil.copytree(package, tmp_path / "other"))
-    for folder in (package, other):
-        arguments = ["quantize", str(folder), "--recipe", "int4", "--method", "awq+gptq", "--block-size", "64"]
-        assert main([*arguments, "--calibration", str(calibration), "--calibration-samples", "2"]) == 0
+    arguments = ["quantize", str(package), "--recipe", "int4", "--method", "awq+gptq", "--block-size", "64"]
+    arguments += ["--calibration-samples", "2", "--calibration-weights", "image=0.25,answer=2"]
+    assert main([*arguments, "--calibration", str(calibration)]) == 0
+    options = CalibrationOptions(calibration, num_samples=2, image_weight=0.25, answer_weight=2.0, memory=0)
+    recipe = load_recipe("int4", block_size=64, method="awq+gptq")
+    quantize_package(other, recipe, calibrate=package_calibrator(Package.open(other), options))
     one, two = (Package.open(folder).manifest for folder in (package, other))
     assert one == two
+    record = one.variants["int4_b64_awq-gptq"].calibration
+    assert record is not None
+    assert (record.image_weight, record.text_weight, record.answer_weight) == (0.25, 1.0, 2.0)
     assert one.variants["int4_b64_awq-gptq"].graphs["vision_encoder"].precision == "int8", "shared, as nothing changed"
 
 
@@ -79,7 +88,7 @@ def test_blocks_run_as_the_whole_role_does(package_tiny_a: Path) -> None:
     with torch.device("meta"):
         module = spec.build().eval()
     arrays = [torch.from_numpy(array) for array in feeds_of_tower().values()]
-    stages = RoleStages(module, lambda *rows: read_rows(model.graph, source, *rows), [arrays], [torch.ones(16)])
+    stages = RoleStages(module, lambda *rows: read_rows(model.graph, source, *rows), {0: arrays}, [torch.ones(16)], {})
     names = []
     for stage in stages.stages(to_the_end=True):
         loaded = [name for name, values in module.named_parameters() if values.device.type != "meta"]
@@ -91,6 +100,29 @@ def test_blocks_run_as_the_whole_role_does(package_tiny_a: Path) -> None:
         for name, values in whole.named_parameters():
             values.copy_(torch.from_numpy(read_rows(model.graph, source, name, 0, len(values))))
         torch.testing.assert_close(stages.run(0), whole(*arrays))
+
+
+def test_memory_of_what_waits_is_bounded(tmp_path: Path) -> None:
+    """What goes beyond it waits in files, and comes back as it was; parts of tensors keep no more than themselves."""
+    space = Space(3 * 4096)
+    shelves = [Shelf(tmp_path / name, space) for name in ("first", "second")]
+    values = [(torch.full((2, 512), float(number)), {"more": [torch.arange(2.0)[:0]]}, 7) for number in range(8)]
+    for number, value in enumerate(values):
+        shelves[number % 2][number] = value
+        assert space.left >= 0
+        assert len(list(tmp_path.rglob("?"))) == max(0, number - 2)
+    shelves[0][0] = (torch.ones(4096)[:8],)
+    assert shelves[0][0][0].untyped_storage().nbytes() == 32
+    for number, value in list(enumerate(values))[1:]:
+        found = shelves[number % 2][number]
+        torch.testing.assert_close(found, value, rtol=0, atol=0)
+    for shelf in shelves:
+        shelf.clear()
+    assert space.left == 3 * 4096
+    assert not list(tmp_path.rglob("?"))
+    (tmp_path / "first" / "9").symlink_to("/dev/full")
+    with pytest.raises(CapacityError, match="9: cannot write 4096 bytes: No space left on device; make room"):
+        Shelf(tmp_path / "first", Space(0))[9] = torch.ones(1024)
 
 
 def feeds_of_tower() -> dict[str, np.ndarray]:
@@ -154,6 +186,12 @@ def test_bad_samples_are_told_in_one_line(
         (["--method", "gptq"], "recipe int4_gptq: its method looks at activations; give --calibration DIR"),
         (["--method", "hqq", "--calibration", "x"], "no method of int4_hqq looks at data; leave it out"),
         (["--calibration-seed", "3"], "--calibration-seed 3: goes with --calibration DIR"),
+        (["--calibration-weights", "image=1"], "--calibration-weights image=1: goes with --calibration DIR"),
+        (["--calibration", "x", "--calibration-weights", "picture=1"], "'picture': parts are image, text, answer"),
+        (["--calibration", "x", "--calibration-weights", "image=1,image=2"], "'image': parts are"),
+        (["--calibration", "x", "--calibration-weights", "image"], "'image': give a number of 0 or more, as image=0.5"),
+        (["--calibration", "x", "--calibration-weights", "text=-1"], "'text=-1': give a number"),
+        (["--calibration", "x", "--calibration-weights", "image=0,text=0,answer=0"], "nothing counts; give"),
         (["--method", "best"], "method 'best' is unknown; known methods are rtn, hqq, awq, gptq, awq+gptq"),
     ],
 )
