@@ -49,11 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--folder", metavar="DIR", type=Path, default=Path("build"), help="default: build")
     measured.add_argument("--checkpoint", metavar="DIR", type=Path, help="default: DIR/bench/checkpoints/SHAPE")
     measured.add_argument("--recipe", metavar="R", nargs="+", help="default: int4 int4_b128 int8")
-    measured.add_argument("--parts", metavar="PART", nargs="+", choices=PARTS, help=f"default: all ({' '.join(PARTS)})")
+    measured.add_argument(
+        "--parts", metavar="PART", nargs="+", choices=PARTS, help=f"of {' '.join(PARTS)}; default: all but the last"
+    )
     measured.add_argument("--skip", metavar="PART", nargs="+", choices=PARTS, default=[], help="parts to leave out")
     measured.add_argument(
         "--add", action="store_true", help="keep what DIR/bench-SHAPE.json has of other recipes and parts"
     )
+    measured.add_argument(
+        "--samples", metavar="N", type=int, nargs="+", help="of the part calibrate: an export each (default: 8)"
+    )
+    measured.add_argument("--method", metavar="M", default="gptq", help="of the part calibrate (default: gptq)")
     measured.add_argument("--smoke", action="store_true", help="int4 alone, small images, short prompts")
     rendered = commands.add_parser("render", help="the tables of a bench-SHAPE.json as Markdown")
     rendered.add_argument("file", metavar="FILE", type=Path)
@@ -89,10 +95,12 @@ def _run(args: argparse.Namespace) -> int:
         plan = smoke_plan(plan)
     if args.recipe:
         plan = replace(plan, recipes=tuple(args.recipe))
+    if args.samples:
+        plan = replace(plan, calibration=tuple(args.samples))
     parts = tuple(part for part in args.parts or plan.parts if part not in args.skip)
     file = args.folder / f"bench-{args.shape}.json"
     earlier = _read(file) if args.add and file.exists() else None  # one that cannot be read is told now, not at the end
-    report = run(replace(plan, parts=parts))
+    report = run(replace(plan, parts=parts, method=args.method))
     if earlier is not None:
         report = merged(earlier, report)
     print(text(report), flush=True)  # first: what took minutes is not lost to a full disk

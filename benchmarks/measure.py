@@ -12,6 +12,7 @@ from pathlib import Path
 from vlmport.cli.bench import Spread, box
 from vlmport.runtime.package import Package
 
+from .calibration import Calibrated, calibrate
 from .checkpoint import make_checkpoint
 from .floor import Floor, forget_cached
 from .graphs import count_nodes, weight_bytes
@@ -95,6 +96,8 @@ def _variant(plan: Plan, recipe: str, checkpoint: Path, towers: dict[str, Varian
                 runtime.ask("load")
                 report = replace(report, large=runtime.ask("vision", [_LARGE]))
         towers[tower] = report
+    if "calibrate" in plan.parts:
+        report = replace(report, calibrated=_calibrated(plan, recipe, checkpoint))
     if "prepare" in plan.parts:
         report = _prepared(plan, recipe, report)
     return report
@@ -113,6 +116,15 @@ def _export(plan: Plan, recipe: str, checkpoint: Path, report: VariantReport) ->
         with Actor(Floor, checkpoint) as floor:
             report = replace(report, floor=floor.ask("measure", recipe, path))
     return report
+
+
+def _calibrated(plan: Plan, recipe: str, checkpoint: Path) -> tuple[Calibrated, ...]:
+    found: list[Calibrated] = []
+    for num_samples in plan.calibration:
+        _say(f"{recipe}: export with {plan.method} on {num_samples} samples")
+        package = _package(plan, f"{recipe}-{plan.method}")
+        found.append(calibrate(checkpoint, package, recipe, plan.method, num_samples))
+    return tuple(found)
 
 
 def _runtime(plan: Plan, recipe: str, report: VariantReport, *, with_vision: bool) -> VariantReport:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from vlmport.cli.bench import Spread
 from vlmport.cli.table import table
 
+from .calibration import Calibrated
 from .floor import FloorTimes
 from .process import Finished
 from .profiling import OperatorTime
@@ -37,6 +38,7 @@ class VariantReport:
 
     export: Finished | None = None
     floor: FloorTimes | None = None
+    calibrated: tuple[Calibrated, ...] = ()  # by number of samples
     package_size: int | None = None  # of the variant's files, each counted once
     nodes: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])  # by role and operator
     weight_bytes: int | None = None  # that a decode step reads
@@ -79,6 +81,7 @@ def rows(report: ShapeReport) -> list[tuple[str, ...]]:
     names = list(dict.fromkeys(name for variant in variants for name in variant.vision))
     lengths = list(dict.fromkeys(length for variant in variants for length in variant.prefill))
     contexts = list(dict.fromkeys(decode.context for variant in variants for decode in variant.decode))
+    samples = list(dict.fromkeys(run.data.num_samples for variant in variants for run in variant.calibrated))
     wanted: list[Row] = [
         ("export", lambda v: v.export and f"{v.export.seconds:.1f} s"),
         ("floor: read + quantize + write", lambda v: v.floor and _floor(v.floor)),
@@ -90,6 +93,7 @@ def rows(report: ShapeReport) -> list[tuple[str, ...]]:
         ("export, peak RSS of the process tree", lambda v: v.export and _gb(v.export.peak_tree)),
         ("export, bytes read", lambda v: v.export and _gb(v.export.bytes_read)),
         ("export, bytes written", lambda v: v.export and _gb(v.export.bytes_written)),
+        *(row for number in samples for row in _calibrated_rows(number)),
         ("package", lambda v: v.package_size and _gb(v.package_size)),
         ("load", lambda v: v.load and f"{v.load.seconds:.2f} s"),
         ("RSS after load", lambda v: v.load and _gb(v.load.after.resident)),
@@ -174,6 +178,25 @@ def _profile_rows(operators: Sequence[OperatorTime]) -> list[tuple[str, ...]]:
 def _markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     marks = ["---", *("---:" for _ in header[1:])]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, marks, *lines))
+
+
+def _calibrated_rows(num_samples: int) -> list[Row]:
+    """Those of an export on so many samples."""
+
+    def cell(tell: Callable[[Calibrated], str]) -> Callable[[VariantReport], str | None]:
+        return lambda variant: next(
+            (tell(run) for run in variant.calibrated if run.data.num_samples == num_samples), None
+        )
+
+    def seconds(run: Calibrated) -> str:
+        return ", ".join(f"{role} {run.seconds[role]:.1f} s x {run.stages[role]}" for role in run.seconds)
+
+    name = f"export calibrated on {num_samples} pairs"
+    return [
+        (name, cell(lambda run: f"{run.variant}: {run.export.seconds:.0f} s, {run.data.num_tokens:,} tokens")),
+        (f"{name}, peak RSS of the process tree", cell(lambda run: _gb(run.export.peak_tree))),
+        (f"{name}, a stage", cell(seconds)),
+    ]
 
 
 def _vision_cell(name: str) -> Callable[[VariantReport], str | None]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from benchmarks.__main__ import main
+from benchmarks.calibration import stages_of, write_samples
 from benchmarks.floor import Floor
 from benchmarks.graphs import count_nodes, weight_bytes
 from benchmarks.plan import PARTS, Plan, smoke_plan
@@ -21,6 +23,8 @@ from benchmarks.report import SCHEMA, Decode, ShapeReport, VariantReport, machin
 from benchmarks.roof import READERS, Roof
 from benchmarks.runtime import Loaded, VisionRun
 from vlmport.cli.bench import Spread
+from vlmport.cli.progress import Progress
+from vlmport.quant.samples import load_samples
 from vlmport.runtime.schema import SchemaError, from_json, to_json
 
 MB = 1_000_000
@@ -337,3 +341,27 @@ def test_the_smoke_plan_is_a_part_of_the_whole(tmp_path: Path) -> None:
     assert set(plan.parts) < set(PARTS)
     assert set(plan.recipes) < set(Plan("100m", tmp_path).recipes)
     assert replace(plan, parts=PARTS) != plan
+
+
+# Calibration
+
+
+def test_made_up_samples_are_a_calibration_folder(tmp_path: Path) -> None:
+    samples = load_samples(write_samples(tmp_path, 3, seed=1), 3, 0)
+    assert len({sample.answers for sample in samples}) == 3
+    again = write_samples(tmp_path / "again", 3, seed=1)
+    for file in ("samples.jsonl", "images/0002.png"):
+        assert (again / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_stages_are_read_from_what_an_export_tells(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        progress = Progress("export", stream)
+        progress.started = progress._part.started = time.monotonic() - 90.0
+        for done in range(12):
+            progress._shown_at = 0.0
+            progress(done, 12, f"int4_gptq: calibrating decoder, stage {done + 1} of 12")
+    stages, seconds = stages_of(log.read_text("utf-8"))
+    assert stages == {"decoder": 12}
+    assert 0 <= seconds["decoder"] < 1
