@@ -1,15 +1,21 @@
 """`--bisect`: planted faults are found at their layer and operator, and a sound package has none."""
 
+import shutil
 from pathlib import Path
 
 import pytest
-from planted import FAULTS, QUANTIZED, Fault, plant
+from planted import FAULTS, QUANTIZED, Fault, noise, plant
 
+from vlmport.cli.main import main
 from vlmport.export.checkpoint import Checkpoint
 from vlmport.export.family import family_of
 from vlmport.runtime.package import Package
+from vlmport.validate import bisect
+from vlmport.validate.gates import default_gates
+from vlmport.validate.golden import load_golden
 from vlmport.validate.localise import TappedRequest, localise, tap_reference
 from vlmport.validate.reference import load_reference
+from vlmport.validate.run_golden import validate_golden
 from vlmport.validate.samples import Sample, draw_picture
 
 TINY_A = Path(__file__).parent / "goldens" / "qwen2_5_vl" / "tiny_a"
@@ -61,3 +67,47 @@ def test_a_fault_is_found_among_the_errors_of_rounding(package_tiny_a, request_t
     first = result.first
     assert first is not None
     assert (first.role, first.layer, first.name) == (QUANTIZED.role, QUANTIZED.layer, QUANTIZED.found)
+
+
+@pytest.fixture(scope="module")
+def package_awq(package_tiny_a, calibration, tmp_path_factory) -> Path:
+    """tiny_a with a variant whose method moved factors from weight to weight, and whose cache is in 8 bits."""
+    folder = Path(shutil.copytree(package_tiny_a, tmp_path_factory.mktemp("awq") / "package"))
+    arguments = ["quantize", str(folder), "--recipe", "int4", "--method", "awq", "--kv-cache", "int8"]
+    assert main([*arguments, "--calibration", str(calibration)]) == 0
+    return folder
+
+
+def test_values_that_a_method_has_scaled_are_no_faults(package_awq, request_tapped, monkeypatch):
+    package, variant = Package.open(package_awq), "int4_awq_kv8"
+    result = localise(package, variant, request_tapped)
+    assert result.first is None, result.first
+    assert {point.name for point in result.points} >= {"present.0.key", "present.0.value", "layers.0.mlp.up_proj"}
+    assert max(point.accumulated for point in result.points) < 0.5
+    monkeypatch.setattr(bisect, "moved_channels", lambda *_: {})
+    assert localise(package, variant, request_tapped).first is not None, "nothing was scaled, so nothing was tested"
+
+
+def test_cached_values_that_a_method_has_scaled_are_compared_by_the_golden_cases(package_awq):
+    report = validate_golden(
+        Package.open(package_awq), [load_golden(TINY_A)], ["int4_awq_kv8"], default_gates(), lambda *_: None
+    )
+    (variant,) = report.variants
+    errors = [row.values["relative_l2"] for row in variant.rows if row.stage.startswith("past_value")]
+    assert len(errors) == 3
+    assert max(errors) < 0.3
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("norm", "decoder", noise("layers.1.input_layernorm.weight", 0.5), 1, "layers.1.input_layernorm"),
+        QUANTIZED,
+    ],
+    ids=lambda fault: fault.name,
+)
+def test_a_fault_among_scaled_values_is_found_where_it_is(package_awq, request_tapped, tmp_path, fault: Fault):
+    variant = "int4_awq_kv8"
+    first = localise(Package.open(plant(package_awq, tmp_path, fault, variant)), variant, request_tapped).first
+    assert first is not None
+    assert (first.role, first.layer, first.name) == (fault.role, fault.layer, fault.found)

@@ -5,10 +5,11 @@ twice: by its value in the whole run (`accumulated`), and by what it gives when 
 (`own`). The second tells a wrong operator from one that is fed wrong values, so a fault is found where it is, and the
 tolerance can be that of one operator: far below what adds up over a model.
 
-Errors are relative L2: |candidate - reference| / |reference|. Where a recipe has moved channels of a norm into the
-linears behind it, which gives the same function, the norm is compared and fed by its own scale; see `_moved_channels`.
+Errors are relative L2: |candidate - reference| / |reference|. Where a recipe has moved factors from one weight into
+those behind it, which gives the same function, what lies between is compared and fed by its own scale (moved.py).
 """
 
+import base64
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.numpy_helper
 from numpy.typing import NDArray
 from onnx import ModelProto
 
 from .metrics import tensor_errors
+from .moved import WeightOf, moved_channels
 from .pieces import PiecedGraph
-from .points import REFERENCE_SUFFIX, Point, Segment, cut_at, find_points, layer_of, segments
+from .points import REFERENCE_SUFFIX, Segment, cut_at, find_points, layer_of, segments
 from .reference_taps import TapStore
 
 __all__ = ["OperatorError", "RoleRun", "judge_role", "relative_l2", "tolerance_of"]
@@ -34,7 +35,8 @@ Progress = Callable[[int, int, str], None]
 # By how an operator's weight is stored: relative L2 of one operator that is fed exact values. Measured on the demo and
 # the golden checkpoints (docs/parity.md); float32 kernels differ in the order of sums alone.
 _TOLERANCES = {"float32": 1e-5, "float16": 2e-3, "int8": 0.02, "int8-dynamic": 0.05, "int4": 0.2, "nf4": 0.2}
-_ROUNDING = {"QuantizeTokens", "MatMulNBits"}  # what reads the input of a quantized linear
+_CACHED = ("present.", "past_key_values.")
+_CACHE_TOLERANCE = 0.1  # of an attention on keys and values in 8 bits; large ones are clipped
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class RoleRun:
     reference_feeds: Mapping[str, Array]  # in place of `feeds` where own errors are judged
     outputs: Mapping[str, Array]  # the reference's, float32; only those that it has
     modules: tuple[str, ...]
-    norms: Mapping[str, Array]  # weights [K] of the reference's norms, by module
+    weight_of: WeightOf  # the reference's
     phase: str = "prompt"
 
 
@@ -83,9 +85,10 @@ def judge_role(run: RoleRun, taps: TapStore, budget: int) -> tuple[tuple[Operato
     keys = {value: key for value, key in keys.items() if key in taps}
     asked = [*dict.fromkeys([*keys, *outputs])]
     found = dict(zip(asked, PiecedGraph(model, folder, budget).run(asked, run.feeds), strict=True))
+    found = {name: _in_floats(model, name, array) for name, array in found.items()}
     references = {name: array for name, array in run.outputs.items() if name in found and found[name].dtype.kind == "f"}
     references |= {value: taps.rows(key) for value, key in keys.items()}
-    factors = _moved_channels(model, folder, points, run.norms)
+    factors = moved_channels(model, folder, points, run.weight_of)
     references = {
         name: (array * factors.get(name, 1.0)).reshape(found[name].shape).astype(found[name].dtype, copy=False)
         for name, array in references.items()
@@ -98,7 +101,17 @@ def judge_role(run: RoleRun, taps: TapStore, budget: int) -> tuple[tuple[Operato
     names = [*dict.fromkeys([*references, *outputs])]
     own = dict(zip(names, PiecedGraph(cut, folder, budget).run(names, feeds), strict=True))
     judged = segments(model.graph, references)
-    return _errors(run, judged, keys, references, found, own), {name: own[name] for name in outputs}
+    floats = {name: _in_floats(model, name, array) for name, array in own.items()}
+    return _errors(run, judged, keys, references, found, floats), {name: own[name] for name in outputs}
+
+
+def _in_floats(model: ModelProto, name: str, array: Array) -> Array:
+    """Keys and values that a cache holds as codes [1, G, T, H], by the scales that the graph names; others as is."""
+    stored = next((e.value for e in model.metadata_props if e.key == f"{name.replace(*_CACHED)}.scale"), None)
+    if array.dtype != np.int8 or stored is None:
+        return array
+    scales = np.frombuffer(base64.b64decode(stored), np.float32)
+    return array * (scales if len(scales) == 1 else scales.reshape(array.shape[1], 1, -1))
 
 
 def tolerance_of(formats: Iterable[str]) -> float:
@@ -117,30 +130,6 @@ def relative_l2(reference: Array, candidate: Array) -> float:
 
 def _tolerance(label: str) -> float:
     return next((_TOLERANCES[key] for key in sorted(_TOLERANCES, key=len, reverse=True) if label.startswith(key)), 0.2)
-
-
-def _moved_channels(
-    model: ModelProto, folder: Path, points: Sequence[Point], norms: Mapping[str, Array]
-) -> dict[str, Array]:
-    """Results of norms whose weight is the reference's times a factor a channel [K], by value.
-
-    Only where quantized linears read them, whose weights take the factors back. A float graph has no reason to.
-    """
-    readers = {name: node.op_type for node in model.graph.node for name in node.input}
-    weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    found: dict[str, Array] = {}
-    for point in points:
-        weight = weights.get(f"{point.module}.weight")
-        if point.side == "in" or point.module not in norms or weight is None:
-            continue
-        if readers.get(point.value) not in _ROUNDING:
-            continue
-        with np.errstate(divide="ignore", invalid="ignore"):
-            factors_K = onnx.numpy_helper.to_array(weight, str(folder)) / norms[point.module]
-        exact_K = np.exp2(np.rint(np.log2(np.where(factors_K > 0, factors_K, 1.0))))
-        near = np.isclose(factors_K, exact_K, rtol=0.2)  # a weight that is wrong besides is not hidden by this
-        found[point.value] = np.where(near, exact_K, np.where(np.isfinite(factors_K), factors_K, 1.0))
-    return found
 
 
 def _errors(
@@ -168,7 +157,7 @@ def _errors(
                 operators=segment.operators,
                 own=relative_l2(references[value], own[value]),
                 accumulated=relative_l2(references[value], found[value]),
-                tolerance=tolerance_of(formats),
+                tolerance=max(tolerance_of(formats), _CACHE_TOLERANCE if segment.rounds_cache else 0.0),
                 phase=run.phase,
                 snr_db=whole.snr_db,
                 cosine_min=whole.cosine_min,

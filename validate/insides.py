@@ -267,10 +267,10 @@ def _waterfall(
 ) -> Waterfall:
     with tempfile.TemporaryDirectory(dir=folder) as made:
         chain, tally = chain_of(package, variant, Path(made)), Tally()
-        pool: dict[Path, GraphSession] = {}
+        pools: dict[bool, dict[Path, GraphSession]] = {False: {}, True: {}}
         for number, request in enumerate(requests):
             progress(number, len(requests), f"{variant}, waterfall")
             measure(
-                package, chain, request.prepared, request.forced_ids, request.first, request.second, tally, pool, rule
+                package, chain, request.prepared, request.forced_ids, request.first, request.second, tally, pools, rule
             )
         return summarise(chain, tally, preprocessing)

@@ -189,7 +189,9 @@ def _judge(
             reference_feeds={**cache, **request.feeds.get((call.role, phase), {})},
             outputs=request.outputs.get((call.role, phase), {}),
             modules=tuple(tapped.path for tapped in modules),
-            norms={tapped.path: weight for tapped in modules if (weight := tapped.vector()) is not None},
+            weight_of=lambda path, known={tapped.path: tapped for tapped in modules}: (
+                known[path].weight() if path in known else None
+            ),
             phase=phase,
         )
         judged, outputs = judge_role(run, request.stores[phase], PIECE_BYTES)

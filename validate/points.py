@@ -14,7 +14,10 @@ from onnx import GraphProto, ModelProto, NodeProto
 __all__ = ["REFERENCE_SUFFIX", "Point", "Segment", "cut_at", "find_points", "layer_of", "read_names", "segments"]
 
 REFERENCE_SUFFIX = "__reference"
-_LINEARS = {"FusedMatMul", "MatMul", "Gemm", "MatMulNBits", "IntegerLinear", "Gather", "GatherBlockQuantized"}
+_LINEARS = {
+    *("FusedMatMul", "MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "IntegerLinear"),
+    *("Gather", "GatherBlockQuantized"),
+}
 _NORMS = {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization"}
 _STORED = re.compile(r"(?P<module>.+)\.weight(_Q)?")
 _MOVERS = {
@@ -41,6 +44,7 @@ class Segment:
     inputs: tuple[str, ...]  # known values that it is made of
     operators: tuple[str, ...]  # their types in order, without what only moves values about
     modules: tuple[str, ...]  # whose parameters it reads
+    rounds_cache: bool = False  # an attention among them keeps keys and values in 8 bits
 
 
 def layer_of(module: str) -> int | None:
@@ -174,4 +178,5 @@ def _segment(wiring: _Wiring, value: str, cuts: frozenset[str], order: Mapping[i
         inputs=tuple(inputs),
         operators=tuple(dict.fromkeys(telling or [node.op_type for node in ordered])),
         modules=tuple(dict.fromkeys(found["module"] for found in parameters if found is not None)),
+        rounds_cache=any(attribute.name == "kv_cache_bit_width" for node in ordered for attribute in node.attribute),
     )

@@ -46,10 +46,13 @@ class TappedModule:
     module: nn.Module
     rows: RowBlocks | None  # those outputs of it, where the reference fuses several into one
 
-    def vector(self) -> Array | None:
-        """The weight of a norm, float32 [K]; None where it is a matrix."""
-        weight = self.module.get_parameter("weight")
-        return weight.detach().float().numpy() if weight.dim() == 1 else None
+    def weight(self) -> Array:
+        """Float32: [K] of a norm, [N, K] of a linear, filters flattened."""
+        weight = self.module.get_parameter("weight").detach().float().numpy()
+        if weight.ndim == 1:
+            return weight
+        weight = weight.reshape(len(weight), -1)
+        return weight if self.rows is None else _columns(weight.T, self.rows).T
 
 
 @dataclass

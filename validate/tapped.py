@@ -7,6 +7,7 @@ that a model larger than memory can be looked into, and a cache is handed over w
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,10 @@ class _TappedGraph(PiecedGraph):
         opened = PiecedGraph.open(path)
         super().__init__(opened.model, path.parent)
         self._path, self._role, self._calls = path, role, calls
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        """What the graph says of itself."""
+        return SimpleNamespace(custom_metadata_map={entry.key: entry.value for entry in self.model.metadata_props})
 
     def io_binding(self) -> _Binding:
         return _Binding()

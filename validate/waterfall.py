@@ -6,6 +6,7 @@
     weights:<role>       the quantized weights of one role, computed with in float32
     activations          the variant's own kernels, which round activations too
     cache                one token at a time through the cache in place of one pass over the whole answer
+    kv_cache             keys and values in 8 bits, where the variant stores them so
     provider             what the variant runs on in place of the CPU
 
 Each step is told by its divergence from the reference (`cumulative`), by how much it changes that (`added`, paired over
@@ -21,12 +22,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..runtime.errors import PackageError
 from ..runtime.package import Package
 from ..runtime.prepare import Prepared
-from ..runtime.session import GraphSession
+from ..runtime.session import GraphSession, open_session
 from .intervals import ratio
 from .metrics import LogitErrors, logit_errors
-from .mixed import MixedModel, float_activations
+from .mixed import MixedModel, Opener, float_activations, float_cache
 from .reference import ReferenceModel
 from .reference_taps import round_to_bfloat16
 from .stages import logits_without_cache, run_stages
@@ -88,15 +90,17 @@ class Link:
     role: str | None = None
     graphs: Mapping[str, Path] = field(default_factory=dict[str, Path])
     through_cache: bool = False
+    on_target: bool = False  # by the provider that the package is for, not by `Chain.base`
     skipped: str | None = None
 
 
 @dataclass(frozen=True)
 class Chain:
-    """The links of a variant behind the reference's own two, in their order."""
+    """The links of a variant behind the reference's own two, in their order. `base` opens all graphs but the last's."""
 
     variant: str
     links: tuple[Link, ...]
+    base: Opener
 
 
 @dataclass
@@ -107,31 +111,41 @@ class Tally:
     alone: dict[str, list[LogitErrors]] = field(default_factory=dict[str, list[LogitErrors]])
 
 
-def chain_of(package: Package, variant: str, folder: Path) -> Chain:
-    """What is swapped on the way to a variant. Graphs that are made for it go to `folder`."""
+def chain_of(package: Package, variant: str, folder: Path, base: Opener | None = None) -> Chain:
+    """What is swapped on the way to a variant. Graphs that are made for it go to `folder`.
+
+    `base` opens the graphs of all steps but the provider's: on the CPU, if it is not said, where that takes them all.
+    """
     graphs = {role: package.graph_path(role, variant) for role in package.manifest.roles}
+    uncached = {role: float_cache(path, folder) or path for role, path in graphs.items()}
     labels = {role: graph.precision for role, graph in package.variant(variant).graphs.items()}
     floats = {role: path for role in graphs if (path := float_graph(package, role)) is not None}
+    on_provider, base = _provider(package, graphs, base)
+    last = (*_cache_links(graphs, uncached), on_provider)
+    about = "the variant's own kernels, which round activations"
+    activations = Link("activations", about, graphs=uncached)
     missing = sorted(set(graphs) - set(floats))
     if missing:
         reason = f"no variant of the package has {missing[0]} in float; export it with recipe fp32 among the others"
-        whole = Link("export", "everything but preprocessing: no float graphs to tell it apart", graphs=graphs)
-        return Chain(variant, (whole, Link("weights", "", skipped=reason), *_last(package, graphs)))
+        whole = Link("export", "everything but preprocessing: no float graphs to tell it apart", graphs=uncached)
+        return Chain(variant, (whole, Link("weights", "", skipped=reason), activations, *last), base)
     current = dict(floats)
     links = [Link("export", "float32 graphs in place of PyTorch", graphs=dict(current))]
-    narrow = {role: graphs[role] for role, label in labels.items() if label.startswith("fp16")}
+    narrow = {role: uncached[role] for role, label in labels.items() if label.startswith("fp16")}
     if any(path != current[role] for role, path in narrow.items()):
         current |= narrow
         links.append(Link("dtype", f"float16 in {', '.join(narrow)}", graphs=dict(current)))
     else:
         links.append(Link("dtype", "", skipped="what is not quantized is stored as the float graphs have it"))
-    for role, path in graphs.items():
+    for role, path in uncached.items():
         if path == current[role]:
             continue
         exact = float_activations(path, folder) or path
         current[role] = exact
         links.append(Link(f"weights:{role}", f"{labels[role]} weights, float32 kernels", role, dict(current)))
-    return Chain(variant, (*links, *_last(package, graphs, changed=current != graphs)))
+    if current == uncached:
+        activations = Link("activations", about, skipped="no kernel of this variant rounds activations")
+    return Chain(variant, (*links, activations, *last), base)
 
 
 def measure(
@@ -142,16 +156,21 @@ def measure(
     first: Array,
     second: Array,
     tally: Tally,
-    pool: dict[Path, GraphSession],
+    pools: Mapping[bool, dict[Path, GraphSession]],
     video_rule: str | None,
 ) -> None:
-    """One sample through all links. `first` [N, V]: the reference on its own pixels; `second`: on the runtime's."""
+    """One sample through all links, sessions by `on_target`.
+
+    `first` [N, V]: the reference on its own pixels; `second`: on the runtime's.
+    """
     _count(tally, "preprocessing", first, first, second)
     before = second
     for link in chain.links:
         if link.skipped is not None:
             continue
-        with_graphs = MixedModel(package, chain.variant, link.graphs, pool, video_rule)
+        open_graph = None if link.on_target else chain.base
+        pool = pools[link.on_target]
+        with_graphs = MixedModel(package, chain.variant, link.graphs, pool, video_rule, open_graph)
         visual = with_graphs.features(prepared)
         embeds = with_graphs.embed(prepared, None if visual is None else visual.features)
         if link.through_cache:
@@ -208,20 +227,29 @@ def _count(tally: Tally, name: str, first: Array, before: Array, logits: Array) 
     tally.alone.setdefault(name, []).append(logit_errors(before, logits))
 
 
-def _last(package: Package, graphs: Mapping[str, Path], *, changed: bool = True) -> list[Link]:
-    """The links that all chains end with: the variant as it is."""
-    about = "the variant's own kernels, which round activations"
-    activations = Link("activations", about, graphs=graphs)
-    if not changed:
-        activations = Link("activations", about, skipped="no kernel of this variant rounds activations")
-    cache = "a token at a time through the cache, as users run it"
-    stored = package.manifest.cache.dtype if package.manifest.cache is not None else "float32"
-    provider = "all steps run on one provider, that of the package's target"
-    return [
-        activations,
-        Link("cache", f"{cache}; keys and values in {stored}", graphs=graphs, through_cache=True),
-        Link("provider", "", skipped=provider),
-    ]
+def _cache_links(graphs: Mapping[str, Path], uncached: Mapping[str, Path]) -> tuple[Link, Link]:
+    about = "a token at a time through the cache, as users run it"
+    codes = Link("kv_cache", "keys and values in 8 bits", graphs=graphs, through_cache=True)
+    if graphs == uncached:
+        codes = Link("kv_cache", "", skipped="this variant stores keys and values as floats")
+    return Link("cache", about, graphs=uncached, through_cache=True), codes
+
+
+def _provider(package: Package, graphs: Mapping[str, Path], base: Opener | None) -> tuple[Link, Opener]:
+    """The last link, and what opens the graphs of those before it."""
+    target = package.manifest.target
+    swapped = Link("provider", f"the provider of target {target}", graphs=graphs, through_cache=True, on_target=True)
+    if base is not None:
+        return swapped, base
+    if target == "cpu":
+        return Link("provider", "", skipped="the variant runs on the CPU, as all steps before"), open_session
+    for role, path in graphs.items():
+        try:
+            open_session(path)
+        except PackageError as error:
+            reason = f"all steps run on the provider of target {target}: the CPU does not take {role} ({error})"
+            return Link("provider", "", skipped=reason), lambda path: open_session(path, target)
+    return swapped, open_session
 
 
 def float_graph(package: Package, role: str) -> Path | None:
