@@ -38,6 +38,8 @@ _ITSELF = {"fp32": 1e-5, "fp16": 2e-3, "int8": 1e-2, "int4": 1e-2}
 _MOST_PIXELS = 640 * 640  # of the largest image: what a tower takes grows with the square
 _LONG = 600  # tokens: more than two chunks of a prompt
 _CHUNKS = (37, 256)
+_MOST_IMAGES = 8  # in one call
+_NUM_ROWS = 3  # of a batch
 
 
 @dataclass(frozen=True)
@@ -99,10 +101,12 @@ def _visual_cases(model: Model, variant: str, vision: Vision | None, columns: Ma
         result = SweepResult(variant, case, name, about, "projector", limit=limit)
         yield result, lambda visual=visual: _against(model, vision, visual)
     limit = _ITSELF[columns["projector"].removesuffix("-unit")]
-    for count in (2, 8):
-        about = "each image alone, against all in one call, in order and shuffled"
-        result = SweepResult(variant, "packing", f"{count} unequal images", about, "projector", limit=limit)
-        yield result, lambda count=count: _packing(model, count)
+    alone: dict[int, Array] = {}
+    for count in range(1, _MOST_IMAGES + 1):
+        about = "each image alone, against all in one call, in order and shuffled; the worst image"
+        images = "1 image" if count == 1 else f"{count} unequal images"
+        result = SweepResult(variant, "packing", images, about, "projector", limit=limit)
+        yield result, lambda count=count: _packing(model, count, alone)
 
 
 def _shapes(manifest: Manifest) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
@@ -139,18 +143,22 @@ def _against(model: Model, vision: Vision | None, visual: Mapping[str, Any]) -> 
     return relative_l2(vision(visuals), model.encode_vision(visuals).features)
 
 
-def _packing(model: Model, count: int) -> float:
+def _packing(model: Model, count: int, alone: dict[int, Array]) -> float:
+    """The largest error of an image among the others. `alone` keeps features of single images from case to case."""
     assert model.manifest.image is not None
     unit = model.manifest.image.patch_size * model.manifest.image.merge_size
-    shapes = [(1 + number % 4, 1 + number * 3 % 5) for number in range(count)]
-    pictures = [draw_picture(60 + n, (w + 1) * unit, (h + 1) * unit) for n, (w, h) in enumerate(shapes)]
+    shapes = [(2 + number % 4, 2 + number * 3 % 5) for number in range(count)]
+    pictures = [draw_picture(60 + n, width * unit, height * unit) for n, (width, height) in enumerate(shapes)]
     each = [_visuals(model, [{"type": "image", "image": picture}]) for picture in pictures]
-    alone = [model.encode_vision(visuals).features for visuals in each]
-    shuffled = list(np.random.default_rng(7).permutation(count))
+    for index, visuals in enumerate(each):
+        if index not in alone:
+            alone[index] = model.encode_vision(visuals).features
     errors: list[float] = []
-    for order in (list(range(count)), shuffled):
+    for order in (list(range(count)), list(np.random.default_rng(7).permutation(count))):
         rows = model.encode_vision([patches for index in order for patches in each[index]]).features
-        errors.append(relative_l2(np.concatenate([alone[index] for index in order]), rows))
+        ends = np.cumsum([len(alone[index]) for index in order])
+        parts = np.split(rows, ends[:-1])
+        errors += [relative_l2(alone[index], part) for index, part in zip(order, parts, strict=True)]
     return max(errors)
 
 
@@ -166,25 +174,29 @@ def _visuals(model: Model, parts: Sequence[Mapping[str, Any]]) -> Sequence[Patch
 
 def _text_cases(model: Model, variant: str, columns: Mapping[str, str]) -> Iterator[Case]:
     limit = _ITSELF[columns["prefill"].removesuffix("-unit")]
-    long = "Name the colours of the sea and of the sky. " * (_LONG // 8)
     for chunk in _CHUNKS:
-        about = f"a long prompt in chunks of {chunk} tokens, against one pass"
+        about = f"a long prompt, a picture in it, in chunks of {chunk} tokens against one pass"
         result = SweepResult(variant, "chunks", f"chunks of {chunk}", about, "prefill_logits", limit=limit)
-        yield result, lambda chunk=chunk: _chunks(model, long, chunk)
+        yield result, lambda chunk=chunk: _chunks(model, chunk)
     about = "a prompt on a cache that held another one, against a fresh cache"
     result = SweepResult(variant, "cache_reuse", "a used cache", about, "prefill_logits", metric="max_abs", limit=0.0)
     yield result, lambda: _reused(model)
-    about = "two prompts as rows of one run of the decoder graph, against each alone; the runtime answers one at a time"
-    yield SweepResult(variant, "batch", "2 rows", about, "prefill_logits", limit=limit), lambda: _batch(model)
+    about = f"{_NUM_ROWS} prompts as rows of one run of the decoder graph, against each alone; the runtime answers one"
+    result = SweepResult(variant, "batch", f"{_NUM_ROWS} rows", f"{about} at a time", "prefill_logits", limit=limit)
+    yield result, lambda: _batch(model)
 
 
-def _prompt(model: Model, text: str) -> tuple[Prepared, Array]:
-    prepared = model.prepare([{"role": "user", "content": [{"type": "text", "text": text}]}])
-    return prepared, model.embed(prepared)
+def _prompt(model: Model, text: str, *pictures: Mapping[str, Any]) -> tuple[Prepared, Array]:
+    prepared = model.prepare([{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}])
+    visual = model.features(prepared)
+    return prepared, model.embed(prepared, None if visual is None else visual.features)
 
 
-def _chunks(model: Model, text: str, chunk: int) -> float | str:
-    prepared, embeds = _prompt(model, text)
+def _chunks(model: Model, chunk: int) -> float | str:
+    image = model.manifest.image
+    unit = 0 if image is None else image.patch_size * image.merge_size
+    picture = [] if image is None else [{"type": "image", "image": draw_picture(70, 9 * unit, 7 * unit)}]
+    prepared, embeds = _prompt(model, "Name the colours of the sea and of the sky. " * (_LONG // 8), *picture)
     if len(embeds) <= chunk:
         return f"{len(embeds)} tokens are one chunk"
     logits: list[Array] = []
@@ -209,14 +221,14 @@ def _reused(model: Model) -> float:
 def _batch(model: Model) -> float | str:
     with TappedModel(model.package, model.variant.name, model.options.video_rule) as tapped:
         prepared, embeds = _prompt(tapped, "One two three four.")
-        others = embeds[::-1].copy()
-        alone = [tapped.prefill_prepared(prepared, rows, tapped.new_cache(len(rows) + 1)) for rows in (embeds, others)]
-        first, second = (call.feeds for call in tapped.calls if call.role == "decoder")
-        axes = {name: -2 if name == "position_ids" else 0 for name in first if name != "num_logits_to_keep"}
+        prompts = [np.roll(embeds, shift, axis=0) for shift in range(_NUM_ROWS)]
+        alone = [tapped.prefill_prepared(prepared, rows, tapped.new_cache(len(rows) + 1)) for rows in prompts]
+        calls = [call.feeds for call in tapped.calls if call.role == "decoder"]
+        axes = {name: -2 if name == "position_ids" else 0 for name in calls[0] if name != "num_logits_to_keep"}
         if any(name.endswith("_rows") for name in axes):
             return "the graph sorts the tokens of one request by their kind"
-        feeds = {name: np.concatenate([first[name], second[name]], axis) for name, axis in axes.items()}
-        if "num_logits_to_keep" in first:
-            feeds["num_logits_to_keep"] = first["num_logits_to_keep"]
+        feeds = {name: np.concatenate([feeds[name] for feeds in calls], axis) for name, axis in axes.items()}
+        if "num_logits_to_keep" in calls[0]:
+            feeds["num_logits_to_keep"] = calls[0]["num_logits_to_keep"]
         (logits,) = tapped.session("decoder").raw.run(["logits"], feeds)
     return relative_l2(np.concatenate(alone), logits[:, -1])
