@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from ..runtime.model import Model
@@ -68,20 +69,21 @@ def compare_in_shards(
     runtime of its own; else that of the first variant does.
     """
     found = {name: Found() for name in variants}
-    total = len(questions.samples) * (1 + len(variants))
+    shards = _shards(questions, variants, journal)
+    total = sum(shard.num_steps for shard in shards)
+    starts = accumulate((shard.num_steps for shard in shards), initial=0)
     keep = sum(package.size(name) for name in variants) <= _KEPT_OPEN
     with ExitStack() as opened:
         models: dict[str, Model] = {}
-        for start in range(0, len(questions.samples), _SHARD):
-            numbers = range(start, min(start + _SHARD, len(questions.samples)))
+        for shard, start in zip(shards, starts, strict=False):
 
             def told(done: int, _: int, what: str, start: int = start) -> None:
-                progress(min(start * (1 + len(variants)) + done, total), total, what)
+                progress(start + done, total, what)
 
-            with ExitStack() as shard:
-                scope = opened if keep else shard
-                for name, records, seconds in _shard(
-                    package, reference, questions, variants, numbers, video_rule, journal, models, scope, told, prompter
+            with ExitStack() as closed:
+                scope = opened if keep else closed
+                for name, records, seconds in _run_shard(
+                    package, reference, questions, variants, shard, video_rule, journal, models, scope, told, prompter
                 ):
                     _add(found[name], records)
                     found[name].seconds += seconds
@@ -97,12 +99,34 @@ def compare_in_shards(
 Record = Comparison | NotCompared | GivenInputs | Asked
 
 
-def _shard(
+@dataclass(frozen=True)
+class _Shard:
+    """Some samples, and which (sample, variant) of them are not on record."""
+
+    numbers: range
+    missing: frozenset[tuple[str, str]]
+
+    @property
+    def num_steps(self) -> int:
+        """Of progress: what is on record takes no time, so that what is left is told right after an interruption."""
+        return len(self.missing) + len({sample for sample, _ in self.missing})
+
+
+def _shards(questions: Questions, variants: Sequence[str], journal: Journal | None) -> list[_Shard]:
+    found: list[_Shard] = []
+    for start in range(0, len(questions.samples), _SHARD):
+        numbers = range(start, min(start + _SHARD, len(questions.samples)))
+        keys = ((questions.samples[number].id, name) for number in numbers for name in variants)
+        found.append(_Shard(numbers, frozenset(key for key in keys if journal is None or key not in journal)))
+    return found
+
+
+def _run_shard(
     package: Package,
     reference: AnsweringReference,
     questions: Questions,
     variants: Sequence[str],
-    numbers: range,
+    shard: _Shard,
     video_rule: str | None,
     journal: Journal | None,
     models: dict[str, Model],
@@ -117,25 +141,21 @@ def _shard(
             models[name] = scope.enter_context(Model.load(package.path, name, video_rule=video_rule))
         return models[name]
 
-    samples = [questions.samples[number] for number in numbers]
-    missing = {
-        (sample.id, name)
-        for sample in samples
-        for name in variants
-        if journal is None or (sample.id, name) not in journal
-    }
+    samples, missing = [questions.samples[number] for number in shard.numbers], shard.missing
     with tempfile.TemporaryDirectory(prefix="vlmport-reference-") as folder:
         wanted = [any((sample.id, name) in missing for name in variants) for sample in samples]
         asked = [sample for sample, is_wanted in zip(samples, wanted, strict=True) if is_wanted]
-        num_detailed = sum(wanted[: max(questions.num_detailed - numbers.start, 0)])
+        num_detailed = sum(wanted[: max(questions.num_detailed - shard.numbers.start, 0)])
         runs: dict[str, ReferenceRun] = {}
         if asked:
             runtime = prompter or model_of(variants[0])
             done = run_reference(reference, runtime, asked, num_detailed, Path(folder), progress)
             runs = {run.sample.id: run for run in done}
-        for index, name in enumerate(variants):
-            for number, sample in zip(numbers, samples, strict=True):
-                progress(len(samples) * (1 + index) + number - numbers.start, 0, f"{name}, {sample.id}")
+        num_done = len(asked)
+        for name in variants:
+            for number, sample in zip(shard.numbers, samples, strict=True):
+                progress(num_done, 0, f"{name}, {sample.id}")
+                num_done += (sample.id, name) in missing
                 if journal is not None and (sample.id, name) not in missing:
                     yield name, journal.read(sample.id, name), 0.0
                     continue
