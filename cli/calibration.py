@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -69,7 +70,8 @@ def calibration_options(args: argparse.Namespace) -> "CalibrationOptions | None"
     if num_samples < 1:
         raise InputError(f"--calibration-samples {num_samples}: at least one is needed, better a hundred")
     weights = {} if args.calibration_weights is None else _weights(args.calibration_weights)
-    return CalibrationOptions(args.calibration, num_samples=num_samples, seed=args.calibration_seed or 0, **weights)
+    options = CalibrationOptions(args.calibration, num_samples=num_samples, seed=args.calibration_seed or 0)
+    return replace(options, **weights)
 
 
 def _weights(text: str) -> dict[str, float]:

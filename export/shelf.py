@@ -47,7 +47,7 @@ class Shelf(MutableMapping[int, Any]):
         with disk_errors(path, size), path.open("wb") as file:
             for leaf in leaves:
                 if isinstance(leaf, torch.Tensor) and leaf.numel():
-                    file.write(leaf.contiguous().numpy())
+                    file.write(leaf.contiguous().numpy().data)
         shapes = [leaf.to("meta") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         self._filed[sample] = shapes, spec
 
@@ -79,7 +79,7 @@ class Shelf(MutableMapping[int, Any]):
 def _read(file: BufferedReader, shape: torch.Tensor) -> torch.Tensor:
     tensor = torch.empty(shape.shape, dtype=shape.dtype)
     if tensor.numel():
-        num_bytes = file.readinto(tensor.numpy())
+        num_bytes = file.readinto(tensor.numpy().data)
         assert num_bytes == tensor.nbytes
     return tensor
 
