@@ -12,6 +12,17 @@ CHECKPOINT ?= $(DEMO)/checkpoint
 PACKAGE    ?= build/packages/$(notdir $(patsubst %/checkpoint,%,$(abspath $(CHECKPOINT))))
 RECIPES    ?= fp32 fp16 int8 int4
 TARGET     ?= cpu
+# How codes are found (rtn, hqq, awq, gptq, awq+gptq), and the pairs that the last three look at: the demo's are of its
+# own training split, another checkpoint's are yours to give.
+METHOD     ?=
+CALIBRATION ?=
+ifneq ($(filter awq gptq awq+gptq,$(METHOD)),)
+ifeq ($(CHECKPOINT)$(CALIBRATION),$(DEMO)/checkpoint)
+PAIRS      := build/calibration/receipts/samples.jsonl
+CALIBRATION := $(dir $(PAIRS))
+endif
+endif
+FINDING    := $(if $(METHOD),--method $(METHOD)) $(if $(CALIBRATION),--calibration $(CALIBRATION))
 # A package under build/ is made anew; one elsewhere is replaced by nobody but you.
 OVERWRITE  := $(if $(filter build/%,$(PACKAGE)),--overwrite)
 
@@ -25,7 +36,7 @@ VLMPORT    := $(BIN)/vlmport
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | while IFS="$$(printf '\t')" read -r name text; do printf '%-11s %s\n' "$$name" "$$text"; done
 	@echo
-	@echo 'Variables: CHECKPOINT PACKAGE RECIPES="$(RECIPES)" TARGET=$(TARGET) QUESTIONS=$(QUESTIONS) PYTHON VENV EXTRAS WORKERS'
+	@echo 'Variables: CHECKPOINT PACKAGE RECIPES="$(RECIPES)" TARGET=$(TARGET) METHOD= CALIBRATION= QUESTIONS=$(QUESTIONS) PYTHON VENV EXTRAS WORKERS'
 
 # The stamp makes repeats instant. torch goes first and alone, at the version that constraints.txt names.
 $(STAMP): pyproject.toml constraints.txt
@@ -40,8 +51,11 @@ $(STAMP): pyproject.toml constraints.txt
 # What the export is for is done by then, and a gate that fails is a finding to read; `make validate` ends with its status.
 IF_ONLY_A_GATE := { [ $$? -eq 1 ] && echo 'make: a gate failed: build/report/report.md says which, and by how much'; }
 
-export: $(STAMP) ## checkpoint -> package with RECIPES; the bundled demo is then validated on unseen receipts
-	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) --target $(TARGET) $(OVERWRITE)
+build/calibration/receipts/samples.jsonl: $(STAMP)
+	$(BIN)/python $(DEMO)/receipts.py $(@D) --split train --num 64
+
+export: $(STAMP) $(PAIRS) ## checkpoint -> package with RECIPES; the bundled demo is then validated on unseen receipts
+	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) $(FINDING) --target $(TARGET) $(OVERWRITE)
 ifeq ($(CHECKPOINT),$(DEMO)/checkpoint)
 	$(BIN)/python $(DEMO)/receipts.py $(TASK) --num $(QUESTIONS)
 	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(TASK) --report build/report --no-insides --no-sweep || $(IF_ONLY_A_GATE)

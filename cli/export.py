@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..export.build import export_checkpoint
 from ..export.lower import TARGETS
+from ..quant.feasible import check_method
 from ..quant.recipe import BUILTIN_NAMES
 from ..validate.selfcheck import write_selfcheck
 from .calibration import add_calibration, calibration_options, recipe_of
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     recipes = [recipe_of(args, name, args.target) for name in dict.fromkeys(args.recipe or ["fp32"])]
+    check_method(recipes, args.method)
     with Progress("export") as progress:
         package = export_checkpoint(
             args.checkpoint,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..quant.apply import open_float_graph, quantize_package
-from ..quant.feasible import check_calibration
+from ..quant.feasible import check_calibration, check_method
 from ..quant.recipe import BUILTIN_NAMES, MIXED_NAME, Recipe
 from ..runtime.errors import CheckpointError
 from ..runtime.package import Package, file_entry
@@ -54,6 +54,7 @@ def execute(args: argparse.Namespace) -> int:
     recipe = None if is_mixed else recipe_of(args, args.recipe, target)
     options = calibration_options(args)
     if recipe is not None:
+        check_method([recipe], args.method)
         check_calibration([recipe], target, args.calibration)
     with Progress("quantize") as progress:
         calibrate = None if options is None else _calibrator(before, options, progress)

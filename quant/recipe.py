@@ -296,7 +296,7 @@ def with_method(recipe: Recipe, method: str | None) -> Recipe:
         return recipe
     if method not in METHODS:
         raise RecipeError(f"method {method!r} is unknown; known methods are {', '.join(METHODS)}")
-    bits = min((rule.format.bits for rule in recipe.rules if rule.format.has_blocks), default=0)
+    bits = min((rule.format.bits for rule in recipe.rules if rule.format.is_quantized), default=0)
     rules: list[Rule] = []
     for rule in recipe.rules:
         if rule.format.bits != bits or not rule.format.has_blocks or rule.format.method == method:

@@ -39,6 +39,7 @@ __all__ = [
 _SUFFIX: dict[Piece, str] = {"quantized": "_Q", "scales": "_scales", "zero_points": "_zero_points"}
 _WIDENED = "_float32"  # the output of the Cast behind a linear's float16 weight
 _NARROW = "_float16"  # the input of the Cast behind the gather from a float16 table
+_ANY_ROW = 32  # blocks up to this size are for rows of any length, which they fill with padding
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 _NUMPY: dict[ir.DataType, Literal["float32", "float16", "uint8", "int8"]] = {
     ir.DataType.FLOAT: "float32",
@@ -226,6 +227,11 @@ def _quantize(model: ir.Model, value: ir.Value, format: WeightFormat) -> list[tu
     """Replaces the nodes that use a weight; gives its new initializers."""
     name, (num_rows, num_columns) = str(value.name), _shape(value)
     of_linear = is_linear(*_uses(value)[0])
+    if format.has_blocks and format.block_size > max(num_columns, _ANY_ROW):
+        raise RecipeError(
+            f"{name}: block_size {format.block_size} is larger than its rows of {num_columns} values; use "
+            f"{2 ** int(math.log2(max(num_columns, _ANY_ROW)))} at most"
+        )
     if format.is_dynamic:
         _check_dynamic(value, of_linear)
         shapes = channel_shapes(num_rows, num_columns)

@@ -76,6 +76,8 @@ def write_variant(
     ) as scratch:  # codes are as large as the package
         calibrated: Mapping[str, FoundRole] = {}
         if calibrate is not None and is_calibrated:
+            for role in missing:  # what cannot be is told before data are run
+                rewrite(open_role(role)[0], role, recipe, target)
             calibrated = calibrate.calibrate(recipe, target, writer.open, Path(scratch))
         for role in missing:
             writer.write(role, labels[role], calibrated.get(role))

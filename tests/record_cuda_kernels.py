@@ -24,7 +24,7 @@ from vlmport.quant.typed import typed
 __all__ = ["graphs", "one_node", "recorded"]
 
 FILE = Path(__file__).parent.parent / "export" / "cuda_kernels.py"
-RECIPES = ("fp16", "int8", "int4", "int4_b128")
+RECIPES = ("fp16", "int8", "int4", "int4_b64")
 CUDA = "CUDAExecutionProvider"
 HEAD = '''"""Operators that ONNX Runtime's CUDA provider has kernels for, of those in our graphs, by dtypes of inputs.
 
