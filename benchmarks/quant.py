@@ -44,7 +44,7 @@ from .quant_speed import decode_speeds
 __all__ = ["main"]
 
 _TOWERS = ("vision_encoder", "projector")
-_BASE_RECIPE = Path(__file__).with_name("recipes") / f"{BASE}.json"
+_RECIPES = Path(__file__).with_name("recipes")
 
 
 class RowError(Exception):
@@ -128,7 +128,8 @@ class Bench:
 
     def _make(self, row: QuantRow) -> str:
         if row.maker == "vlmport":
-            arguments = ["--recipe", row.recipe, *row.options]
+            recipe = str(_RECIPES / row.recipe) if row.recipe.endswith(".json") else row.recipe
+            arguments = ["--recipe", recipe, *row.options]
             if row.method is not None:
                 arguments += ["--method", row.method]
             if row.needs_data:
@@ -139,7 +140,7 @@ class Bench:
             return next((name for name in after if name not in before), row.recipe)
         assert row.maker == "onnxruntime", row.maker
         assert row.method is not None, row.name
-        _vlmport("quantize", str(self.package), "--recipe", str(_BASE_RECIPE))
+        _vlmport("quantize", str(self.package), "--recipe", str(_RECIPES / f"{BASE}.json"))
         name = f"peer-{_slug(row)}"
         if row.method == "dynamic":
             floats = {role: float_graph(self.package, "fp32", role) for role in (*_TOWERS, "decoder")}

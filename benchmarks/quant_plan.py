@@ -26,8 +26,8 @@ class Group:
 class QuantRow:
     """One variant. `maker` says who quantizes: this project by a recipe, or a peer by its method of that name.
 
-    "imported" is the checkpoint that bitsandbytes has quantized, exported as it is. `options` are more arguments of
-    `vlmport quantize`; `bits` are those of a peer's decoder.
+    "imported" is the checkpoint that bitsandbytes has quantized, exported as it is. `recipe` may be a file in the
+    folder recipes. `options` are more arguments of `vlmport quantize`; `bits` are those of a peer's decoder.
     """
 
     name: str

@@ -67,7 +67,8 @@ def balance(
             progress(0, 0, fold.readers[0])
         reach_C = sizes.reach(fold)
         factors_C = balancing_factors(reach_C, sizes.need(fold, reach_C))
-        factors.add(fold, factors_C, graph, source)
+        if (factors_C != 1).any():
+            factors.add(fold, factors_C, graph, source)
     return factors
 
 

@@ -387,7 +387,7 @@ def _builtin_rules(name: str) -> tuple[Rule, ...] | None:
     return (
         *towers,
         head,  # its errors go straight into the logits
-        Rule("decoder/*.weight", WeightFormat(bits=int(base[3:]), block_size=block_size)),
+        Rule("decoder/*.weight", WeightFormat(bits=int(base[3:]), block_size=block_size, balance=True)),
         Rule("*/*.weight", int8),
     )
 

@@ -31,7 +31,7 @@ def labels(recipe: Recipe, target: Target = "cpu") -> dict[str, str]:
 
 def test_int4_keeps_what_hurts_most_in_8_bits() -> None:
     recipe = load_recipe("int4")
-    assert recipe.format_of("decoder", "layers.3.mlp.down_proj.weight") == INT4
+    assert recipe.format_of("decoder", "layers.3.mlp.down_proj.weight") == WeightFormat(bits=4, balance=True)
     assert recipe.format_of("decoder", "lm_head.weight") == HEAD
     assert recipe.format_of("embed_tokens", "embed_tokens.weight") == INT8
     assert recipe.format_of("vision_encoder", "blocks.0.attn.qkv.weight", "cpu") == DYNAMIC
