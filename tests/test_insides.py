@@ -84,7 +84,7 @@ def test_the_waterfall_swaps_one_thing_a_step_and_ends_at_the_variant(validated)
     exact, rounded = (variant.waterfall for variant in report.variants)
     steps = {step.name: step for step in rounded.steps}
     assert list(steps)[:3] == ["preprocessing", "export", "dtype"]
-    assert list(steps)[-3:] == ["activations", "cache", "provider"]
+    assert list(steps)[-4:] == ["activations", "cache", "kv_cache", "provider"]
     assert "weights:decoder" in steps
     assert steps["export"].cumulative.mean < 1e-9
     assert steps["weights:decoder"].alone.mean > 100 * steps["export"].alone.mean
