@@ -152,6 +152,10 @@ def test_flips_count_in_both_directions():
     assert [answer["expected"] for answer in found.answers] == ["1", "2", "3", "4"]
     low, high = found.intervals["flips"].ci_low, found.intervals["flips"].ci_high
     assert 0 <= low < 0.5 < high <= 1
+    for name in ("lost", "gained"):
+        share = found.intervals[name]
+        assert (share.value, share.num_samples) == (0.25, 4), name
+        assert 0 <= share.ci_low < 0.25 < share.ci_high <= 1, name
 
 
 def test_scores_in_between_are_averaged_and_right_from_the_scorers_own_limit():

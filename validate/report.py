@@ -73,7 +73,7 @@ class TaskScore:
     num_changed: int  # answers that are not the reference's, right or wrong
     changed: float
     tokens_per_second: float  # decoding, free-running
-    intervals: Mapping[str, Ratio]  # score, reference_score, recovery, flips, changed, with their 95 % intervals
+    intervals: Mapping[str, Ratio]  # score, reference_score, recovery, flips, lost, gained, changed
     answers: tuple[Mapping[str, Any], ...]  # by item: see tasks
 
 

@@ -179,6 +179,8 @@ _RATIOS: Mapping[str, tuple[Callable[[Answer], float], Callable[[Answer], float]
     "reference_score": (lambda answer: answer.reference_score, lambda _: 1.0),
     "recovery": (lambda answer: answer.score, lambda answer: answer.reference_score),
     "flips": (lambda answer: answer.right != answer.reference_right, lambda _: 1.0),
+    "lost": (lambda answer: answer.reference_right and not answer.right, lambda _: 1.0),
+    "gained": (lambda answer: answer.right and not answer.reference_right, lambda _: 1.0),
     "changed": (lambda answer: answer.changed, lambda _: 1.0),
 }
 
