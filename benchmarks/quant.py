@@ -112,7 +112,11 @@ class Bench:
                 with Progress("round trip") as progress:
                     largest = round_trip(package, variant, load_reference(self._bitsandbytes()), reference, progress)
             _write(file, RowReport(row.name, self.group.name, opened.size(variant), seconds, quality, largest))
-        return _read(file)
+        allocation = opened.variant(variant).allocation
+        if allocation is None:
+            return _read(file)
+        promise = {"kl_calibration": allocation.kl_calibration, "kl_promised": allocation.kl_promised}
+        return replace(_read(file), **promise)
 
     def _variant(self, row: QuantRow) -> tuple[Path, str, float]:
         """Package, variant and the seconds it took to make, which stand beside the package."""

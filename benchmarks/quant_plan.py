@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vlmport.quant.recipe import MIXED_NAME
 from vlmport.runtime.errors import InputError
 from vlmport.runtime.schema import from_json
 
@@ -42,7 +43,7 @@ class QuantRow:
     def needs_data(self) -> bool:
         """True where calibration pairs are looked at."""
         has_method = self.method is not None and self.method not in ("rtn", "hqq")
-        return self.maker == "vlmport" and (has_method or "--kv-cache" in self.options)
+        return self.maker == "vlmport" and (has_method or self.recipe == MIXED_NAME or "--kv-cache" in self.options)
 
 
 @dataclass(frozen=True)

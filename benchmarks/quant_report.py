@@ -45,6 +45,8 @@ class RowReport:
     quality: Quality | None = None
     tokens_per_second: float | None = None  # of the decoder alone, a token at a time behind a prompt with an image
     max_abs_logits: float | None = None  # of a round trip: against what the maker itself computes
+    kl_calibration: float | None = None  # of chosen bits, on the samples they were chosen by
+    kl_promised: float | None = None  # and the bound for others
     error: str | None = None
 
 
@@ -65,6 +67,7 @@ def text(report: QuantReport) -> str:
     for group in report.groups:
         rows = [_cells(row) for row in report.rows if row.group == group.name]
         parts.append(f"{group.about}, {report.num_items} questions\n{table(_HEADER, rows, _ALIGN)}")
+        parts += _promises(report, group)
     return "\n\n".join(parts)
 
 
@@ -76,9 +79,22 @@ def markdown(report: QuantReport) -> str:
         sides = "|".join("---" if side == "<" else "---:" for side in _ALIGN)
         lines = [_line(_HEADER), f"|{sides}|", *(_line(row) for row in rows)]
         parts.append(f"{group.about.capitalize()}:\n\n" + "\n".join(lines))
+        parts += _promises(report, group)
     box = ", ".join(f"{name} {value}" for name, value in report.box.items())
     about = f"{report.date}, {report.num_items} held-out questions, {report.num_samples} calibration pairs; {box}."
     return "\n\n".join((*parts, about)) + "\n"
+
+
+def _promises(report: QuantReport, group: Group) -> list[str]:
+    """A list of what was promised of bits chosen by measured losses, and what came of it; nothing without such rows."""
+    lines = [
+        f"- {row.name}: mean KL {row.kl_calibration:.2e} on its calibration pairs, at most {row.kl_promised:.2e} "
+        f"promised, {row.quality.kl_mean:.2e} on the questions: "
+        f"{'kept' if row.quality.kl_mean <= row.kl_promised else 'broken'}"
+        for row in report.rows
+        if row.group == group.name and row.quality and row.kl_promised is not None and row.kl_calibration is not None
+    ]
+    return ["\n".join(lines)] if lines else []
 
 
 def _line(cells: Sequence[str]) -> str:

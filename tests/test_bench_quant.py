@@ -11,7 +11,7 @@ from benchmarks.document import put_between
 from benchmarks.quant import main
 from benchmarks.quant_plan import load_plan
 from benchmarks.quant_report import SCHEMA, Quality, QuantReport, RowReport, markdown, text
-from vlmport.quant.recipe import BUILTIN_NAMES
+from vlmport.quant.recipe import BUILTIN_NAMES, MIXED_NAME
 from vlmport.runtime.errors import InputError
 from vlmport.runtime.schema import from_json, to_json
 
@@ -33,7 +33,7 @@ def test_rows_belong_to_groups_and_names_are_unique() -> None:
     for row in plan.rows:
         assert set(row.groups) <= groups, row.name
         is_file = (ROOT / "benchmarks" / "recipes" / row.recipe).is_file()
-        assert row.maker != "vlmport" or is_file or row.recipe in BUILTIN_NAMES, row.name
+        assert row.maker != "vlmport" or is_file or row.recipe in (*BUILTIN_NAMES, MIXED_NAME), row.name
     assert {row.name for row in load_plan(("ORT",)).rows} == {
         row.name for row in plan.rows if row.maker == "onnxruntime"
     }
@@ -54,6 +54,17 @@ def test_a_report_survives_json_and_becomes_tables() -> None:
     assert [cell.strip() for cell in row.split("|")[2:8]] == ["2,122,577", "0.0021", "0.29", "99.96%", "95.0%", "1"]
     assert any("not made: no such thing" in line for line in lines)
     assert {line.count("|") for line in lines if line.startswith("|")} == {row.count("|")}
+
+
+def test_promises_are_held_against_the_questions() -> None:
+    before = report()
+    kept = replace(before.rows[0], name="kept", kl_calibration=0.002, kl_promised=0.0021)
+    broken = replace(kept, name="broken", kl_promised=0.002)
+    lines = markdown(replace(before, rows=(*before.rows, kept, broken))).splitlines()
+    promises = [line for line in lines if line.startswith("- ")]
+    said = "- {}: mean KL 2.00e-03 on its calibration pairs, at most {} promised, 2.10e-03 on the questions: {}"
+    assert promises == [said.format("kept", "2.10e-03", "kept"), said.format("broken", "2.00e-03", "broken")]
+    assert not any(line.startswith("- ") for line in markdown(before).splitlines())
 
 
 def test_tables_go_between_their_marks(tmp_path: Path) -> None:

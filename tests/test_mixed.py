@@ -131,9 +131,9 @@ def test_the_budget_is_kept_and_told(name: str, mixed: Path) -> None:
     assert (variant.allocation.num_samples, variant.allocation.num_held_out) == (3, 1)
 
 
-@pytest.mark.parametrize("method", ["rtn"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_measure_is_that_of_the_written_graphs(method: str, mixed: Path, calibration: Path, tmp_path: Path) -> None:
-    """Lowered modules give nearly the logits of ONNX Runtime's kernels; activations on a tie round either way there."""
+    """Lowered modules give the logits of ONNX Runtime's kernels, but where an activation on a tie is rounded there."""
     package = Package.open(mixed)
     calibrator = package_calibrator(package, CalibrationOptions(calibration))
     open_role = functools.partial(open_float_graph, package)
@@ -145,19 +145,22 @@ def test_the_measure_is_that_of_the_written_graphs(method: str, mixed: Path, cal
     for rule in recipe.rules:
         role, _, name = rule.match.partition("/")
         formats[role, name] = rule.format
-    line = json.loads((calibration / "samples.jsonl").read_text().splitlines()[0])
     model = load(mixed, variant=METHODS[method])
-    prepared = model.prepare(line["messages"], folder=calibration)
-    visual = model.features(prepared)
-    assert visual is not None
-    cache = model.new_cache(prepared.num_seen)
-    expected = model.prefill(model.embed(prepared, visual.features), prepared.seen_positions, cache)[-1]
-    rows = []
-    for lowered in ({}, formats, {}):
-        with roles.lowered(lowered):
-            rows.append(roles.logits(0, roles.feeds.start(0), "vision_encoder")[0].numpy())
-    assert (rows[0] == rows[2]).all(), "float weights are back"
-    assert np.linalg.norm(rows[1] - expected) < 0.5 * np.linalg.norm(rows[1] - rows[0])
+    errors = []
+    for sample, line in enumerate((calibration / "samples.jsonl").read_text().splitlines()[:3]):
+        prepared = model.prepare(json.loads(line)["messages"], folder=calibration)
+        visual = model.features(prepared)
+        assert visual is not None
+        cache = model.new_cache(prepared.num_seen)
+        expected = model.prefill(model.embed(prepared, visual.features), prepared.seen_positions, cache)[-1]
+        rows = []
+        for lowered in ({}, formats, {}):
+            with roles.lowered(lowered):
+                rows.append(roles.logits(sample, roles.feeds.start(sample), "vision_encoder")[0].numpy())
+        assert (rows[0] == rows[2]).all(), "float weights are back"
+        errors.append(np.linalg.norm(rows[1] - expected) / np.linalg.norm(rows[1] - rows[0]))
+    assert min(errors) < 0.35
+    assert max(errors) < 1
 
 
 def test_a_variant_of_a_name_is_made_once(mixed: Path, calibration: Path, capsys: pytest.CaptureFixture[str]) -> None:
