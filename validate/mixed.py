@@ -21,7 +21,7 @@ from ..runtime.package import Package
 from ..runtime.session import GraphSession, open_session
 from .linears import QuantizedLinear, float_linear, quantized_linears, read_back
 
-__all__ = ["MixedModel", "Opener", "float_activations", "float_cache"]
+__all__ = ["MixedModel", "Opener", "float_activations", "float_cache", "float_type", "save_graph"]
 
 Array = NDArray[Any]
 Opener = Callable[[Path], GraphSession]
@@ -70,16 +70,10 @@ def float_activations(graph: Path, folder: Path) -> Path | None:
         name = f"{linear.codes}_float32"
         if name not in weights:
             weights[name] = onnx.numpy_helper.from_array(
-                read_back(linear, weights).astype(_float_type(linear, weights)), name
+                read_back(linear, weights).astype(float_type(linear, weights)), name
             )
         linear.node.CopyFrom(float_linear(linear, name))
-    nodes = [node for node in model.graph.node if node.op_type != "QuantizeTokens"]
-    used = {name for node in nodes for name in node.input}
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(tensor for name, tensor in weights.items() if name in used)
-    _declare_microsoft(model)
-    return _save(model, folder / graph.name)
+    return save_graph(model, weights, folder / graph.name)
 
 
 def float_cache(graph: Path, folder: Path) -> Path | None:
@@ -100,23 +94,25 @@ def float_cache(graph: Path, folder: Path) -> Path | None:
     for value in (*model.graph.input, *model.graph.output):
         if value.name in rounded:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-    used = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    return _save(model, folder / f"float_cache_{graph.name}")
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    return save_graph(model, weights, folder / f"float_cache_{graph.name}")
 
 
-def _float_type(linear: QuantizedLinear, weights: Mapping[str, TensorProto]) -> Any:
+def float_type(linear: QuantizedLinear, weights: Mapping[str, TensorProto]) -> Any:
+    """The dtype that a quantized linear's graph computes in: that of its scales."""
     scales = weights[linear.node.input[2 if linear.node.op_type == "MatMulNBits" else 3]]
     return helper.tensor_dtype_to_np_dtype(scales.data_type)
 
 
-def _save(model: ModelProto, file: Path) -> Path:
-    onnx.save(model, file, save_as_external_data=True, location=f"{file.stem}.{_DATA}", size_threshold=1024)
-    return file
-
-
-def _declare_microsoft(model: ModelProto) -> None:
+def save_graph(model: ModelProto, weights: Mapping[str, TensorProto], file: Path) -> Path:
+    """Writes a graph whose nodes were replaced, with those of `weights` that it reads. Returns the file."""
+    read = {name for node in model.graph.node if node.op_type != "QuantizeTokens" for name in node.input}
+    nodes = [node for node in model.graph.node if node.op_type != "QuantizeTokens" or read.intersection(node.output)]
+    used = {name for node in nodes for name in node.input}
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensor for name, tensor in weights.items() if name in used)
     if all(entry.domain != "com.microsoft" for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, file, save_as_external_data=True, location=f"{file.stem}.{_DATA}", size_threshold=1024)
+    return file

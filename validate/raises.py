@@ -17,7 +17,7 @@ import onnx
 import onnx.external_data_helper
 import onnx.numpy_helper
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import TensorProto, helper
 
 from ..runtime.package import Package
 from ..runtime.prepare import Prepared
@@ -26,7 +26,7 @@ from .advice import layers_to_raise
 from .intervals import ratio
 from .linears import float_linear, quantized_linears
 from .metrics import LogitErrors, logit_errors
-from .mixed import MixedModel
+from .mixed import MixedModel, float_type, save_graph
 from .points import layer_of
 from .stages import logits_without_cache
 from .waterfall import float_graph
@@ -41,7 +41,6 @@ Progress = Callable[[int, int, str], None]
 Request = tuple[Prepared, Sequence[int], Array]  # prompt, forced ids, the reference's logits [N, V] after them
 _NUM_LAYERS = 6  # measured: each is a copy of its graph on disk, for as long as it runs
 _NUM_SAMPLES = 8
-_DATA = "weights.data"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def measure_raises(
             continue
         file, num_bytes = made
         after = _errors(package, variant, {layer.role: file}, asked, video_rule)
-        for part in (file, file.with_suffix(f".{_DATA}")):
+        for part in file.parent.glob(f"{file.stem}.*"):
             part.unlink()
         sizes = np.array([errors.kl.size for errors in before], float)
         sums = [np.array([errors.kl.sum() for errors in side]) for side in (before, after)]
@@ -119,43 +118,28 @@ def raised_graph(graph: Path, floats: Path, layer: int, folder: Path) -> tuple[P
     grown = 0
     for linear in linears:
         weight = known[linear.parameter]
-        scales = [name for name in linear.node.input if name == f"{linear.parameter}_scales"]
         assert tuple(weight.dims) == linear.shape, linear.parameter
-        grown += _replace(stored, weight, floats.parent, stored[scales[0]].data_type)
+        grown += _replace(stored, weight, floats.parent, float_type(linear, stored))
         grown -= sum(_size(stored[name]) for name in linear.node.input if name in stored)
         linear.node.CopyFrom(float_linear(linear, linear.parameter))
     for name in [name for name in stored if layer_of(name) == layer and name in known]:
         if name not in {linear.parameter for linear in linears}:
-            _replace(stored, known[name], floats.parent, stored[name].data_type)
-    return _save(model, stored, folder / f"raised_{graph.name}"), grown
+            _replace(stored, known[name], floats.parent, helper.tensor_dtype_to_np_dtype(stored[name].data_type))
+    return save_graph(model, stored, folder / f"raised_{graph.name}"), grown
 
 
-def _replace(stored: dict[str, TensorProto], tensor: TensorProto, folder: Path, data_type: int) -> int:
+def _replace(stored: dict[str, TensorProto], tensor: TensorProto, folder: Path, dtype: Any) -> int:
     """Puts a float tensor among those of a graph, in the type that the graph computes in. Returns its bytes."""
     if tensor.data_location == TensorProto.EXTERNAL:
         onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
         tensor.data_location = TensorProto.DEFAULT
-    values = onnx.numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(data_type))
+    values = onnx.numpy_helper.to_array(tensor).astype(dtype)
     stored[tensor.name] = onnx.numpy_helper.from_array(values, tensor.name)
     return values.nbytes
 
 
 def _size(tensor: TensorProto) -> int:
     return onnx.numpy_helper.to_array(tensor).nbytes
-
-
-def _save(model: ModelProto, stored: dict[str, TensorProto], file: Path) -> Path:
-    nodes = [node for node in model.graph.node if node.op_type != "QuantizeTokens"]
-    read = {name for node in nodes for name in node.input}
-    nodes = [n for n in model.graph.node if n.op_type != "QuantizeTokens" or read.intersection(n.output)]
-    used = {name for node in nodes for name in node.input}
-    del model.graph.node[:], model.graph.initializer[:]
-    model.graph.node.extend(nodes)
-    model.graph.initializer.extend(tensor for name, tensor in stored.items() if name in used)
-    if all(entry.domain != "com.microsoft" for entry in model.opset_import):
-        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(model, file, save_as_external_data=True, location=f"{file.stem}.{_DATA}", size_threshold=1024)
-    return file
 
 
 def _errors(
