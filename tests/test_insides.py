@@ -1,13 +1,15 @@
 """What a report says of the insides: layers, waterfall, sweep and noise; and a run that goes on where it stopped."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from report_documents import field_names
 
+from vlmport.runtime.model import Model
 from vlmport.runtime.package import Package
-from vlmport.validate import shards
+from vlmport.validate import shards, sweep
 from vlmport.validate.gates import default_gates
 from vlmport.validate.insides import Plan
 from vlmport.validate.journal import Journal
@@ -104,6 +106,23 @@ def test_inputs_that_bite_are_swept(validated):
     skipped = [row for row in report.sweep if row["outcome"] is None]
     assert len(skipped) < len(report.sweep) / 2
     assert all(row["skipped"] for row in skipped)
+    packed = [row["id"] for row in report.sweep if row["case"] == "packing" and row["variant"] == "int4"]
+    assert packed == ["1 image", *(f"{count} unequal images" for count in range(2, 9))]
+
+
+def test_an_image_that_feels_its_neighbours_is_caught(package_tiny_b, monkeypatch):
+    with Model.load(package_tiny_b, "fp32") as model:
+        assert sweep._packing(model, 3, {}) < 1e-5
+        original = model.encode_vision
+
+        def leaking(visuals):
+            found = original(visuals)
+            features = found.features.copy()
+            features[-1] += 1e-2 * (len(visuals) - 1)  # of the last image alone
+            return replace(found, features=features)
+
+        monkeypatch.setattr(model, "encode_vision", leaking)
+        assert sweep._packing(model, 3, {}) > 1e-4
 
 
 def test_every_field_of_a_real_report_is_explained(validated):
