@@ -55,7 +55,7 @@ build/calibration/receipts/samples.jsonl: $(STAMP)
 	$(BIN)/python $(DEMO)/receipts.py $(@D) --split train --num 64
 
 export: $(STAMP) $(PAIRS) ## checkpoint -> package with RECIPES; the bundled demo is then validated on unseen receipts
-	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) $(FINDING) --target $(TARGET) $(OVERWRITE)
+	$(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(strip $(RECIPES) $(FINDING)) --target $(TARGET) $(OVERWRITE)
 ifeq ($(CHECKPOINT),$(DEMO)/checkpoint)
 	$(BIN)/python $(DEMO)/receipts.py $(TASK) --num $(QUESTIONS)
 	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(TASK) --report build/report --no-insides --no-sweep || $(IF_ONLY_A_GATE)
