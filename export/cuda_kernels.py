@@ -25,6 +25,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "CastLike": {
         ("float32", "float16"): True,
+        ("float32", "float32"): True,
     },
     "Clip": {
         ("float32", "float32"): True,
@@ -40,6 +41,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "Conv": {
         ("float16", "float16", "float16"): True,
+        ("float32", "float32", "float32"): True,
     },
     "Cos": {
         ("float32",): True,
@@ -50,6 +52,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "Expand": {
         ("float16", "int64"): True,
+        ("float32", "int64"): True,
         ("int64", "int64"): True,
     },
     "Gather": {
@@ -59,6 +62,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "Gelu": {
         ("float16",): True,
+        ("float32",): True,
     },
     "LayerNormalization": {
         ("float16", "float16", "float16"): True,
@@ -85,6 +89,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "Pad": {
         ("float16", "int64"): True,
+        ("float32", "int64"): True,
     },
     "RMSNormalization": {
         ("float16", "float16"): True,
@@ -103,6 +108,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "ReduceMean": {
         ("float16", "int64"): True,
+        ("float32", "int64"): True,
     },
     "ReduceSum": {
         ("int64", "int64"): True,
@@ -153,6 +159,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "Transpose": {
         ("float16",): True,
+        ("float32",): True,
         ("int64",): True,
     },
     "Unsqueeze": {
@@ -176,6 +183,7 @@ KERNELS: Mapping[str, Mapping[tuple[str, ...], bool]] = {
     },
     "com.microsoft.MatMulNBits": {
         ("float16", "uint8", "float16", "uint8"): True,
+        ("float32", "uint8", "float32", "uint8"): True,
     },
     "com.microsoft.PackedMultiHeadAttention": {
         ("float16", "float16", "float16", "", "int32", "int32"): True,

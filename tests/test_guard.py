@@ -16,17 +16,22 @@ from golden_cases import GOLDENS
 from half_on_cpu import package_on_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from record_cuda_kernels import overflow
 from safetensors.torch import load_file, save_file
 from test_families import ROLES, lowered
 
 from vlmport.cli.main import main
 from vlmport.export.build import export_checkpoint
 from vlmport.export.feeds import CalibrationOptions
+from vlmport.export.placement import predict
 from vlmport.quant.guard import LARGEST, Guard
 from vlmport.quant.ranges import Ranges, module_of, value_ranges
 from vlmport.quant.recipe import RangeGuard, load_recipe, with_guard
+from vlmport.quant.rewrite import rewrite
+from vlmport.quant.typed import typed
 from vlmport.runtime.errors import RecipeError
 from vlmport.runtime.package import Package
+from vlmport.runtime.placement import CUDA, SHAPES, UNKNOWN
 
 TINY = GOLDENS / "tiny_a"
 FACTOR = 2.0**16
@@ -147,6 +152,17 @@ def test_every_float16_value_of_every_family_is_bounded(family: str, role: str) 
     if role != "embed_tokens":
         with pytest.raises(RecipeError, match=f"{role}: no sample of the calibration data goes through"):
             Guard(RangeGuard()).widen(lowered(family, role, "cuda").clone(), role, None)
+
+
+@pytest.mark.parametrize(("family", "role"), [("qwen2_5_vl", "decoder")])
+def test_what_stays_float32_has_kernels_on_cuda(family: str, role: str) -> None:
+    """Everything that can be put into float32 at once, in floats and in codes."""
+    for recipe in ("fp16", "int4"):
+        model = lowered(family, role, "cuda").clone()
+        rewrite(model, role, load_recipe(recipe), "cuda", overflow(model, role))
+        placed = predict(typed(model)).nodes
+        assert {node.provider for node in placed if node.reason != SHAPES} == {CUDA}
+        assert not [node for node in placed if node.reason == UNKNOWN]
 
 
 def seen_as_ones(model: ir.Model) -> Ranges:
