@@ -93,8 +93,9 @@ def find_candidates(
     def balanced(role: str) -> tuple[ir.Model, WeightSource]:
         model, source = open_role(role)
         if role not in factors:
-            recipe = uniform(replace(plain, balance=True))
-            factors[role] = balance(model.graph, role, recipe, target, source, progress=progress)
+            if progress is not None:
+                progress(0, 0, f"{MIXED_NAME}: balancing {role}")
+            factors[role] = balance(model.graph, role, uniform(replace(plain, balance=True)), target, source)
         return model, factors[role].apply(model, source)
 
     if method not in CALIBRATED_METHODS:

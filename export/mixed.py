@@ -6,7 +6,7 @@ lowered as a whole; and samples that took no part in it tell whether the promise
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,12 +81,7 @@ def choose_bits(
     num_samples = calibrator.feeds.num_samples
     if num_samples < 2:
         raise InputError(f"recipe {MIXED_NAME}: one sample is too few, as some are held out; give a hundred")
-    opened = {role: open_role(role) for role in calibrator.roles}
-    graphs = {role: graph for role, (graph, _) in opened.items()}
-    num_weights = sum(len(weights_of(model.graph)) for model in graphs.values())
-    sources = {role: source for role, (_, source) in opened.items()}
-    groups = group_weights(graphs, sources, by_input=num_weights > _MANY_WEIGHTS)
-    without = shared_with_tables(graphs, groups)
+    groups, without = _groups(calibrator.roles, open_role)
     candidates = find_candidates(
         calibrator, target, open_role, folder, without, method=method, block_size=block_size, progress=progress
     )
@@ -94,34 +89,48 @@ def choose_bits(
     roles = FloatRoles(calibrator.feeds, calibrator.roles, open_role, target, folder, candidates.codes_of)
     held_out = list(range(1, num_samples, _HELD_OUT))
     samples = [number for number in range(num_samples) if number not in held_out]
-    search = _Search(roles, groups, candidates, samples, target, progress)
+    search = _Search(roles, groups, candidates, samples, held_out, target, progress)
     front = Front(search.items)
     if budget.max_bytes is not None:
-        pick, losses = search.within_bytes(front, budget.max_bytes)
+        pick, measured = search.within_bytes(front, budget.max_bytes)
     else:
         assert budget.max_kl is not None
-        pick, losses = search.within_kl(front, budget.max_kl)
-    answers = Answers(roles, held_out)
-    formats = search.formats_of(pick)
-    with roles.lowered(formats):
-        unseen = answers.losses(search.first)
-    mean, bound = mean_and_bound(losses)
+        pick, measured = search.within_kl(front, budget.max_kl)
     allocation = Allocation(
-        kl_calibration=mean,
-        kl_promised=bound if budget.max_kl is None else budget.max_kl,
-        kl_held_out=mean_and_bound(unseen)[0],
+        kl_calibration=measured.mean,
+        kl_promised=measured.bound if budget.max_kl is None else budget.max_kl,
+        kl_held_out=measured.unseen,
         num_samples=len(samples),
         num_held_out=len(held_out),
-        num_answer_tokens=search.answers.num_rows + answers.num_rows,
+        num_answer_tokens=search.answers.num_rows + search.unseen.num_rows,
         calibration=calibrator.record,
         sensitivity=search.sensitivity(),
         max_bytes=budget.max_bytes,
         max_kl=budget.max_kl,
     )
-    recipe = Recipe(name, tuple(Rule("/".join(key), format) for key, format in formats.items()))
+    recipe = Recipe(name, tuple(Rule("/".join(key), format) for key, format in search.formats_of(pick).items()))
     codes = ChosenCodes(calibrator.record, candidates.found)
     points = tuple(front.points(_NUM_POINTS))
     return Mixed(recipe, allocation, pick, points, search.sizes.fixed, roles.graphs, roles.sources, codes)
+
+
+def _groups(roles: Iterable[str], open_role: OpenRole) -> tuple[list[Group], frozenset[Key]]:
+    """Weights that share a choice, and those that have no codes of a method, being tables too."""
+    opened = {role: open_role(role) for role in roles}
+    graphs = {role: graph for role, (graph, _) in opened.items()}
+    num_weights = sum(len(weights_of(model.graph)) for model in graphs.values())
+    sources = {role: source for role, (_, source) in opened.items()}
+    groups = group_weights(graphs, sources, by_input=num_weights > _MANY_WEIGHTS)
+    return groups, shared_with_tables(graphs, groups)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of a choice as a whole: mean KL on the samples of the choice and on others, and what both stay under."""
+
+    mean: float
+    unseen: float
+    bound: float
 
 
 class _Search:
@@ -133,6 +142,7 @@ class _Search:
         groups: Sequence[Group],
         candidates: Candidates,
         samples: Sequence[int],
+        held_out: Sequence[int],
         target: Target,
         progress: Progress | None,
     ) -> None:
@@ -140,35 +150,37 @@ class _Search:
         self._roles, self._groups, self._candidates, self._progress = roles, groups, candidates, progress
         wanted = (4, 8, 16, 32) if target == "cpu" else (4, 8, 16)
         self.sizes = StoredSizes(roles.graphs, roles.sources, target, candidates.block_size, wanted)
-        self.answers = Answers(roles, samples)
+        self.answers, self.unseen = Answers(roles, samples), Answers(roles, held_out)
         self.items = [self._item(number, group) for number, group in enumerate(groups)]
 
-    def within_bytes(self, front: Front, max_bytes: int) -> tuple[Pick, list[torch.Tensor]]:
+    def within_bytes(self, front: Front, max_bytes: int) -> tuple[Pick, _Measured]:
         """The pick with the least sum of losses in so many bytes, and its real losses."""
         pick = front.within_bytes(max_bytes - self.sizes.fixed)
         if pick is None:
             least = (front.points(2)[0].num_bytes + self.sizes.fixed) / 1e6
             raise RecipeError(f"--max-size {max_bytes / 1e6:.3f} MB: 4 bits everywhere take {least:.3f} MB; allow more")
-        return pick, self._losses(pick)
+        return pick, self._measure(pick)
 
-    def within_kl(self, front: Front, max_kl: float) -> tuple[Pick, list[torch.Tensor]]:
+    def within_kl(self, front: Front, max_kl: float) -> tuple[Pick, _Measured]:
         """The smallest pick found whose real losses stay under `max_kl`, with 95 % for other samples too.
+
+        Samples of the choice alone would promise too much: what took part in a choice suffers less from it.
 
         Losses of single weights do not quite add up, so the sum that is allowed is moved, and the real one measured.
         """
         low, high = 0.0, math.inf  # sums that are known to be allowed, and not to be
-        found: tuple[Pick, list[torch.Tensor]] | None = None
+        found: tuple[Pick, _Measured] | None = None
         allowed, before = max_kl, None
         for _ in range(_ROUNDS):
             pick = front.within_loss(allowed)
             if pick == before:
                 break
-            losses = self._losses(pick)
-            before, bound = pick, mean_and_bound(losses)[1]
+            measured = self._measure(pick)
+            before, bound = pick, measured.bound
             if bound <= max_kl:
                 low = allowed
                 if found is None or pick.num_bytes < found[0].num_bytes:
-                    found = pick, losses
+                    found = pick, measured
             else:
                 high = allowed
             scaled = allowed * max_kl / max(bound, 1e-12)
@@ -176,11 +188,10 @@ class _Search:
             allowed = scaled if low < scaled < high else middle
         if found is None:
             pick = front.within_loss(0.0)
-            losses = self._losses(pick)
-            bound = mean_and_bound(losses)[1]
-            if bound > max_kl:
-                raise RecipeError(f"--max-kl {max_kl}: the best choice of bits has {bound:.2g}; allow more")
-            found = pick, losses
+            measured = self._measure(pick)
+            if measured.bound > max_kl:
+                raise RecipeError(f"--max-kl {max_kl}: the best choice of bits has {measured.bound:.2g}; allow more")
+            found = pick, measured
         return found
 
     def formats_of(self, pick: Pick) -> dict[Key, WeightFormat]:
@@ -208,11 +219,13 @@ class _Search:
         floats = 32 if self._roles.float16_overflows.intersection(group) else 16
         return Item(name, (*choices, Choice(floats, self.sizes.of(group, floats), 0.0)))
 
-    def _losses(self, pick: Pick) -> list[torch.Tensor]:
+    def _measure(self, pick: Pick) -> _Measured:
         if self._progress is not None:
             self._progress(0, 0, f"{MIXED_NAME}: measuring a choice")
         with self._roles.lowered(self.formats_of(pick)):
-            return self.answers.losses(self.first)
+            mean, bound = mean_and_bound(self.answers.losses(self.first))
+            unseen, unseen_bound = mean_and_bound(self.unseen.losses(self.first))
+        return _Measured(mean, unseen, max(bound, unseen_bound if math.isfinite(unseen_bound) else unseen))
 
     def _tell(self, done: int, total: int, name: str) -> None:
         if self._progress is not None:
