@@ -69,9 +69,7 @@ def recipes(*names: str) -> list[Recipe]:
 
 
 def test_the_bytes_are_those_of_an_export(tmp_path: Path) -> None:
-    exported = make_package(
-        tmp_path / "exported", *recipes("fp32", "fp16", "int8", "int4", "int4_b64", "int8-dynamic")
-    )
+    exported = make_package(tmp_path / "exported", *recipes("fp32", "fp16", "int8", "int4", "int4_b64", "int8-dynamic"))
     make_package(tmp_path / "grown", load_recipe("fp32"))
     for recipe in recipes("fp16", "int8", "int4", "int4_b64", "int8-dynamic"):
         package = quantize_package(tmp_path / "grown", recipe)
