@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +119,8 @@ class Floor:
                 format = rules.format_of(name, parameter)
                 if format is not None and format.is_quantized and value.dim() == 2:
                     tensor = role.tensor(parameter, tuple(value.shape)).name
-                    found[tensor, format] = (value.shape[0], value.shape[1])
+                    stored = replace(format, balance=False)  # a tied head takes no factors of its own
+                    found[tensor, stored] = (value.shape[0], value.shape[1])
         return [(size, format) for (_, format), size in found.items()]
 
 
