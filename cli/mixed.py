@@ -79,7 +79,7 @@ def quantize_mixed(
             block_size=args.block_size or 32,
             progress=progress,
         )
-        print_choice(chosen)
+        _print_choice(chosen)
         after = quantize_package(
             package.path,
             chosen.recipe,
@@ -92,7 +92,7 @@ def quantize_mixed(
     return after, chosen.recipe
 
 
-def print_choice(chosen: "Mixed") -> None:
+def _print_choice(chosen: "Mixed") -> None:
     """The best choice of each size, and what was measured of the one that was made."""
     picks = sorted({*chosen.points, chosen.chosen}, key=lambda pick: pick.num_bytes)
     rows = [

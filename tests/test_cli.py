@@ -22,7 +22,10 @@ from vlmport.cli.table import table
 from vlmport.runtime.errors import InputError
 
 # A change here is a change for everybody's scripts: the changelog has to tell it.
-CALIBRATION = ("--method", "--calibration", "--calibration-samples", "--kv-cache", "--calibration-seed")
+CALIBRATION = (
+    *("--method", "--calibration", "--calibration-samples", "--kv-cache"),
+    *("--calibration-weights", "--calibration-seed"),
+)
 OPTIONS = {
     "export": ["CHECKPOINT", "-o/--output", "--recipe", "--block-size", *CALIBRATION, "--target", "--overwrite"],
     "quantize": [
@@ -37,11 +40,11 @@ OPTIONS = {
         *("--embedding", "--token-drop", "--max-patches", "--threads", "--cuda-graph"),
     ],
     "validate": [
-        *("PACKAGE", "--reference", "--golden", "--variant", "--task", "--trust-remote-code"),
+        *("PACKAGE", "--reference", "--golden", "--against", "--variant", "--task", "--trust-remote-code"),
         *("--report", "--gates", "--limit", "--bisect", "--no-sweep", "--no-insides", "--json"),
     ],
     "verify": ["PACKAGE", "--variant", "--json"],
-    "inspect": ["PACKAGE", "--json", "--placement", "--variant"],
+    "inspect": ["PACKAGE", "--json", "--placement", "--variant", "--report"],
     "bench": ["PACKAGE", "--variant", "--image", "--max-new-tokens", "--repeats", "--json"],
 }
 
