@@ -8,7 +8,6 @@ folder, or against golden folders (--golden). Prints a table, writes report.json
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ..runtime.package import MANIFEST_NAME, Package, file_entry
 from ..validate.advice import raising
 from ..validate.compare import StageRow
 from ..validate.gates import default_gates, load_gates
-from ..validate.judged import hash_task
 from ..validate.report import Report, VariantReport, report_json, versions, write_report
 from ..validate.report_text import inputs_line, reference_name, task_lines, task_showcase
 from .progress import Progress
@@ -161,16 +159,16 @@ def _reference(
         if args.trust_remote_code:
             raise InputError("--trust-remote-code: this package is compared with modules of its family; leave it out")
         _refuse_task(package, args.task)
-        return _images_reference(package, checkpoint, variants, gates, progress, plan)
+        return _images_reference(package, args, variants, gates, progress, plan)
     samples, task = _samples(package, args)
     reference = load_reference(checkpoint, trust_remote_code=args.trust_remote_code)
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.iterdir())]
-    with _journal(package, args, samples, gates, {"checkpoint": files, "origin": reference.origin}) as journal:
+    with _journal(package, args, samples, task, gates, {"checkpoint": files, "origin": reference.origin}) as journal:
         report = validate_reference(
             package, checkpoint, reference, samples, task, variants, gates, progress, journal, plan
         )
         journal.remove()
-    return report if args.task is None else replace(report, task_files=hash_task(args.task))
+    return report
 
 
 def _against(
@@ -191,12 +189,12 @@ def _against(
             from ..validate.images import built_in_images
 
             _refuse_task(package, args.task)
-            return validate_images_against(package, model, built_in_images(), variants, gates, progress)
+            return validate_images_against(package, model, built_in_images()[: args.limit], variants, gates, progress)
         samples, task = _samples(package, args)
-        with _journal(package, args, samples, gates, {"against": [_manifest_sha256(other), name]}) as journal:
+        with _journal(package, args, samples, task, gates, {"against": [_manifest_sha256(other), name]}) as journal:
             report = validate_against(package, model, samples, task, variants, gates, progress, journal)
             journal.remove()
-    return report if args.task is None else replace(report, task_files=hash_task(args.task))
+    return report
 
 
 def _refuse_task(package: Package, folder: Path | None) -> None:
@@ -216,7 +214,12 @@ def _samples(package: Package, args: argparse.Namespace) -> tuple[Sequence[Any],
 
 
 def _journal(
-    package: Package, args: argparse.Namespace, samples: Sequence[Any], gates: Any, reference: Mapping[str, Any]
+    package: Package,
+    args: argparse.Namespace,
+    samples: Sequence[Any],
+    task: Any,
+    gates: Any,
+    reference: Mapping[str, Any],
 ) -> Any:
     """The record of what is found, which depends on both sides and on what is asked."""
     from ..validate.journal import Journal, digest_of
@@ -226,7 +229,7 @@ def _journal(
         "package": _manifest_sha256(package),
         "reference": reference,
         "samples": [[sample.id, list(sample.messages), sample.max_new_tokens] for sample in samples],
-        "task": None if args.task is None else [str(args.task), hash_task(args.task)],
+        "task": None if task is None else [str(args.task), dict(task.files.sha256)],
         "margins": dict(gates.tie_margin),
         "code": versions(),
     }
@@ -238,14 +241,14 @@ def _manifest_sha256(package: Package) -> str:
 
 
 def _images_reference(
-    package: Package, checkpoint: Path, variants: Sequence[str], gates: Any, progress: Progress, plan: Any
+    package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress, plan: Any
 ) -> Report:
     from ..validate.images import built_in_images
     from ..validate.reference import load_image_reference
     from ..validate.run_images import validate_images
 
-    reference = load_image_reference(checkpoint)
-    return validate_images(package, checkpoint, reference, built_in_images(), variants, gates, progress, plan)
+    reference, samples = load_image_reference(args.reference), built_in_images()[: args.limit]
+    return validate_images(package, args.reference, reference, samples, variants, gates, progress, plan)
 
 
 def _render_variant(variant: VariantReport) -> str:

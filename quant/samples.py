@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ..runtime.messages import read_messages
 from ..runtime.package import file_entry
 from ..runtime.schema import SchemaError, from_json
 
-__all__ = ["SAMPLES_NAME", "CalibrationSample", "load_samples", "samples_digest"]
+__all__ = ["SAMPLES_NAME", "CalibrationSample", "load_samples", "media_files", "samples_digest"]
 
 SAMPLES_NAME = "samples.jsonl"
 
@@ -62,7 +62,7 @@ def samples_digest(folder: Path, samples: Sequence[CalibrationSample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(json.dumps([sample.id, sample.messages, sample.answers], sort_keys=True).encode())
-        for source in _files(folder, sample.messages):
+        for source in media_files(folder, sample.messages):
             digest.update(file_entry(source).sha256.encode())
     return digest.hexdigest()
 
@@ -74,7 +74,7 @@ def _sample(folder: Path, number: int, line: str) -> CalibrationSample:
     except (SchemaError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{where}: {error}") from error
     try:
-        files = _files(folder, sample.messages)
+        files = media_files(folder, sample.messages)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     for file in files:
@@ -85,8 +85,9 @@ def _sample(folder: Path, number: int, line: str) -> CalibrationSample:
     return sample
 
 
-def _files(folder: Path, messages: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """Of images and clips; those within the text itself, as data URIs, have none."""
+def media_files(folder: Path, messages: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Of images, clips and frames; those within the text itself, as data URIs, have none."""
     sources = [visual.source for visual in read_messages(messages, folder=folder).visuals]
-    named = [source for source in sources if isinstance(source, (str, Path))]
+    frames = [cast("list[Any]", source) if isinstance(source, (list, tuple)) else [source] for source in sources]
+    named = [source for each in frames for source in each if isinstance(source, (str, Path))]
     return [Path(source) for source in named if not str(source).startswith("data:")]

@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 from vlmport.cli.main import main
 
+GOLDENS = Path(__file__).parent / "goldens"
 BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
 
 
@@ -22,7 +24,7 @@ def package(package_tiny_b, tmp_path_factory):
 def compared(package, tmp_path_factory):
     """int4 and fp32 against fp32, in a process that has the runtime alone."""
     folder = tmp_path_factory.mktemp("report")
-    arguments = ["validate", str(package), "--against", f"{package}:fp32", "--variant", "fp32", "int4"]
+    arguments = ["validate", str(package), "--against", f"{package}:fp32", "--variant", "fp32", "int4", "--limit", "3"]
     code = f"""
         import sys
         class Blocked:
@@ -69,11 +71,17 @@ def test_inputs_are_proven_equal(compared):
     assert f"inputs equal on {document['num_samples']} of {document['num_samples']} samples" in done.stdout
 
 
-def test_a_package_that_reads_pictures_otherwise_fails_at_its_inputs(package, tmp_path, capsys):
-    other = shutil.copytree(package, tmp_path / "other")
+def other_mean(package, folder):
+    """A copy that normalises pictures by another mean."""
+    other = shutil.copytree(package, folder)
     manifest = json.loads((other / "vlmport.json").read_text())
     manifest["image"]["mean"][0] += 1e-3
     (other / "vlmport.json").write_text(json.dumps(manifest))
+    return other
+
+
+def test_a_package_that_reads_pictures_otherwise_fails_at_its_inputs(package, tmp_path, capsys):
+    other = other_mean(package, tmp_path / "other")
     arguments = ["validate", str(package), "--against", str(other), "--variant", "fp32", "--limit", "2"]
     assert main([*arguments, "--report", str(tmp_path / "report")]) == 1
     document = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -95,7 +103,7 @@ def test_a_task_is_asked_of_both(package, calibration, tmp_path, capsys):
     assert "reference, fp32" in capsys.readouterr().out
     document = json.loads((tmp_path / "report" / "report.json").read_text())
     assert document["variants"][0]["task"]["num_items"] == 2
-    assert set(document["task_files"]) == {"samples.jsonl", "task.json"}
+    assert set(document["task_files"]) == {"samples.jsonl", "task.json", "0.png", "1.png"}
 
 
 def test_the_variant_itself_is_not_among_those_compared(package, tmp_path):
@@ -104,6 +112,51 @@ def test_the_variant_itself_is_not_among_those_compared(package, tmp_path):
     document = json.loads((tmp_path / "report.json").read_text())
     assert [variant["name"] for variant in document["variants"]] == ["fp32", "int4"]
     assert {row["column"] for row in document["variants"][0]["rows"]} == {"int8"}  # fp32 judged by the noise of int8
+
+
+@pytest.fixture(scope="module")
+def images(package_of):
+    """A package without a decoder."""
+    return package_of(GOLDENS / "navit" / "tiny_a")
+
+
+def test_packages_of_images_alone_are_compared_at_all_their_stages(images, tmp_path):
+    arguments = ["validate", str(images), "--against", f"{images}:fp32", "--variant", "fp32", "int8"]
+    status = main([*arguments, "--report", str(tmp_path)])
+    document = json.loads((tmp_path / "report.json").read_text())
+    same, low = document["variants"]
+    for variant in document["variants"]:
+        assert {row["stage"] for row in variant["rows"]} == {"inputs", "vision", "pooled", "logits"}
+        assert {row["num_samples"] for row in variant["rows"]} == {document["num_samples"]}
+        assert variant["inputs"]["num_equal"] == document["num_samples"]
+        assert variant["inputs"]["sha256"] == document["inputs"]["sha256"]
+    exact, rounded = ({row["stage"]: row for row in variant["rows"]} for variant in (same, low))
+    assert same["outcome"] == "PASS"
+    assert exact["logits"]["values"]["kl_max"] < 1e-9 < rounded["logits"]["values"]["kl_mean"]
+    assert {row["column"] for row in low["rows"]} == {"int8"}
+    assert document["provider"] == "CPUExecutionProvider"
+    assert status == (document["outcome"] == "FAIL")
+    assert set(document["reference_files"]) < set(document["package"]["files"])
+
+
+def test_packages_that_cut_up_images_otherwise_fail_at_their_inputs(images, tmp_path):
+    other = other_mean(images, tmp_path / "other")
+    arguments = ["validate", str(images), "--against", str(other), "--variant", "fp32", "--limit", "2"]
+    assert main([*arguments, "--report", str(tmp_path / "report")]) == 1
+    document = json.loads((tmp_path / "report" / "report.json").read_text())
+    (variant,) = document["variants"]
+    assert (document["num_samples"], variant["inputs"]["num_equal"]) == (2, 0)
+    assert {each["input"] for each in variant["inputs"]["different"]} == {"pixel_values"}
+    assert next(row["outcome"] for row in variant["rows"] if row["stage"] == "inputs") == "FAIL"
+
+
+def test_what_means_nothing_without_a_decoder_is_one_line(images, package, tmp_path, capsys):
+    for options, words in (
+        (["--against", f"{images}:fp32", "--task", str(tmp_path)], "no decoder"),
+        (["--against", str(package)], "one of the two packages has no decoder"),
+    ):
+        assert main(["validate", str(images), *options]) == 2
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmport.runtime.errors import InputError
+from vlmport.validate.advice import broken_gates
 from vlmport.validate.gates import COLUMNS, GATES_SCHEMA, STAGES, column_of, default_gates, judge, load_gates, worst
 from vlmport.validate.intervals import ratio
 
@@ -181,14 +182,16 @@ def recovery_of(num_right, num_items=100, reference_right=94):
     return {gate.metric: gate for gate in judge(default_gates(), "int8", "task", "answers", values)}
 
 
-def test_one_item_of_a_sample_is_no_verdict_but_many_are():
+def test_an_interval_that_reaches_the_limit_is_no_evidence_that_it_holds():
     assert recovery_of(94)["recovery"].outcome == "PASS"
     lost_one = recovery_of(93)["recovery"]
-    assert lost_one.value < lost_one.limit
-    assert lost_one.outcome == "AMBIGUOUS"
-    assert lost_one.interval[0] < lost_one.limit <= lost_one.interval[1]
+    assert lost_one.interval[0] < lost_one.value < lost_one.limit <= lost_one.interval[1]
+    assert lost_one.outcome == "FAIL"
+    told = {"rows": [{"gates": [vars(lost_one)]}]}
+    assert broken_gates(told)[0].endswith("reaches: more items would tell")
     lost_ten = recovery_of(84)["recovery"]
     assert (lost_ten.outcome, lost_ten.interval[1] < lost_ten.limit) == ("FAIL", True)
+    assert "more items" not in broken_gates({"rows": [{"gates": [vars(lost_ten)]}]})[0]
 
 
 def test_a_sample_too_small_to_tell_fails():

@@ -62,9 +62,11 @@ def test_a_stopped_run_asks_the_reference_only_for_what_is_missing(validated):
     assert len(first) == 4
     assert len(second) == 2, "the first shard was on record"
     assert len(third) < 8
-    assert [row.stage for row in whole.variants[0].rows] == [row.stage for row in inside.variants[0].rows]
     for one, other in zip(whole.variants, inside.variants, strict=True):
-        assert repr([row.values for row in one.rows]) == repr([row.values for row in other.rows])
+        *rows, swept = other.rows
+        assert [row.stage for row in one.rows] == [row.stage for row in rows]
+        assert repr([row.values for row in one.rows]) == repr([row.values for row in rows])
+        assert (swept.stage, swept.outcome, swept.values["num_failed"]) == ("sweep", "PASS", 0)
 
 
 def test_every_layer_has_its_drift(validated):
@@ -108,6 +110,16 @@ def test_inputs_that_bite_are_swept(validated):
     assert all(row["skipped"] for row in skipped)
     packed = [row["id"] for row in report.sweep if row["case"] == "packing" and row["variant"] == "int4"]
     assert packed == ["1 image", *(f"{count} unequal images" for count in range(2, 9))]
+
+
+def test_one_input_beyond_its_limit_fails_and_none_measured_is_no_evidence(validated):
+    rows = validated[1].sweep
+    failed = [{**rows[0], "value": 1.0, "outcome": "FAIL"}, *rows[1:]]
+    row = sweep.sweep_row(failed, default_gates(), "int4")
+    assert (row.outcome, row.worst_sample, row.values["num_failed"]) == ("FAIL", rows[0]["id"], 1)
+    assert len(row.notes) == 1
+    skipped = [{**each, "value": None, "outcome": None} for each in rows]
+    assert sweep.sweep_row(skipped, default_gates(), "fp32").outcome == "FAIL"
 
 
 def test_an_image_that_feels_its_neighbours_is_caught(package_tiny_b, monkeypatch):

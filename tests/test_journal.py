@@ -1,5 +1,7 @@
 """The journal of a validation: what was found is found again, a torn line is not, other inputs have another file."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,6 +50,19 @@ def test_a_torn_line_is_dropped_and_the_next_one_is_whole(tmp_path, records):
         journal.append("b", "int4", records)
     with Journal(tmp_path, "d" * 64, TYPES) as journal:
         assert len(journal.read("b", "int4")) == 3
+
+
+def test_records_of_other_fields_are_another_file(tmp_path, records):
+    """A version that adds a field, or gives one another type, starts anew."""
+    with Journal(tmp_path, "d" * 64, TYPES) as journal:
+        journal.append("s", "int4", records)
+    fields = [(field.name, field.type) for field in dataclasses.fields(NotCompared)]
+    for changed in ([*fields, ("more", str)], [*fields[:-1], ("reason", int)]):
+        other = dataclasses.make_dataclass("NotCompared", changed, frozen=True)
+        with Journal(tmp_path, "d" * 64, (*(kind for kind in TYPES if kind is not NotCompared), other)) as journal:
+            assert ("s", "int4") not in journal
+    with Journal(tmp_path, "d" * 64, TYPES) as journal:
+        assert ("s", "int4") in journal
 
 
 def test_other_inputs_have_another_digest():

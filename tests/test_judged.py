@@ -8,7 +8,7 @@ from fake_package import write_package
 
 from vlmport.runtime.errors import InputError, PackageError
 from vlmport.runtime.package import Package, file_entry
-from vlmport.validate.judged import changed_since, hash_checkpoint, hash_package, hash_task
+from vlmport.validate.judged import changed_since, hash_checkpoint, hash_golden, hash_package
 
 
 def quiet(_done: int, _total: int, _what: str) -> None:
@@ -62,8 +62,13 @@ def test_of_a_checkpoint_it_reads_what_a_model_is_made_from(tmp_path: Path) -> N
     for name in ("model.safetensors", "config.json", "modeling.py", "README.md", "pytorch_model.bin"):
         (tmp_path / name).write_text(name)
     assert list(hash_checkpoint(tmp_path, quiet).sha256) == ["config.json", "model.safetensors", "modeling.py"]
-    (tmp_path / "samples.jsonl").write_text("{}")
-    assert hash_task(tmp_path) == {"samples.jsonl": file_entry(tmp_path / "samples.jsonl").sha256}
+    (tmp_path / "inputs" / "clip").mkdir(parents=True)
+    (tmp_path / "inputs" / "clip" / "0.png").write_text("frame")
+    judged = hash_golden(tmp_path, quiet)
+    assert list(judged.sha256) == ["config.json", "model.safetensors", "modeling.py", "inputs/clip/0.png"]
+    (tmp_path / "inputs" / "clip" / "0.png").write_text("other")
+    with pytest.raises(InputError, match=r"0\.png: changed while it was validated"):
+        judged.check()
 
 
 def test_a_variant_made_anew_is_told_by_the_manifest_alone(package: Package) -> None:

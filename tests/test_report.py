@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from vlmport.runtime.package import MANIFEST_NAME, Package, file_entry
+from vlmport.validate.advice import broken_gates
 from vlmport.validate.compare import (
     Choices,
     Comparison,
@@ -119,7 +120,13 @@ def test_nothing_judged_is_a_failure(package):
         default_gates(),
         columns("int4"),
     )
-    assert nothing.outcome == "FAIL"
+    equal_inputs = stage_rows([compare_ids("s", "inputs", np.ones(3), np.ones(3))], default_gates(), columns("fp32"))
+    assert equal_inputs[0].outcome == "PASS"
+    given_alone = VariantReport("fp32", {}, 0, equal_inputs, (), (), 0.0)
+    assert broken_gates(report_json(report(package, given_alone))["variants"][0]) == [
+        "nothing that the graphs compute was judged"
+    ]
+    assert nothing.outcome == given_alone.outcome == "FAIL"
     assert VariantReport("int4", {}, 0, only_reported, (), (), 0.0).outcome == "FAIL"
     assert report(package).outcome == "FAIL"
     assert report(package, variant(1e-9), nothing).outcome == "FAIL"

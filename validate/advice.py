@@ -11,7 +11,10 @@ _NUM_RAISES = 3  # told; the JSON has all that were measured
 
 def broken_gates(variant: Mapping[str, Any]) -> list[str]:
     """One text a broken limit of a variant: stage, metric, value, limit, and how far beyond it the value is."""
-    return [_broken(gate) for row in variant["rows"] for gate in row["gates"] if gate["outcome"] != "PASS"]
+    broken = [gate for row in variant["rows"] for gate in row["gates"] if gate["outcome"] != "PASS"]
+    if not broken and variant["outcome"] == "FAIL":
+        return ["nothing that the graphs compute was judged"]
+    return [_broken(gate) for gate in broken]
 
 
 def layers_to_raise(variant: Mapping[str, Any], num: int = 3) -> list[str]:
@@ -57,7 +60,8 @@ def _broken(gate: Mapping[str, Any]) -> str:
     value, limit = float(gate["value"]), float(gate["limit"])
     side = "above" if value > limit else "below"
     text = f"{where} is {value:.4g}, {abs(value - limit):.3g} {side} the limit of {limit:g}"
-    if gate["outcome"] == "AMBIGUOUS" and gate.get("interval"):
-        low, high = gate["interval"]
-        text += f", which its interval {low:.4g} to {high:.4g} reaches: more items would tell"
+    if gate.get("interval"):
+        low, high = map(float, gate["interval"])
+        if low <= limit <= high:
+            text += f", which its interval {low:.4g} to {high:.4g} reaches: more items would tell"
     return text

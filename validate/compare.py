@@ -163,7 +163,7 @@ def stage_columns(*variants: Variant) -> dict[str, str]:
     embedded = [*features, *(label for role, label in labels if role == "embed_tokens")]
     everything = column_of(label for _, label in labels)
     columns = dict.fromkeys(
-        ("past", "prompt", "prefill", "argmax", "decode", "cache", "classes", "generation", "task"), everything
+        ("past", "prompt", "prefill", "argmax", "decode", "cache", "classes", "generation", "task", "sweep"), everything
     )
     columns |= {"exact": everything, "pixels": everything}  # preprocessing is the same in all columns
     columns |= {"vision": column_of(tower), "projector": column_of(features), "embeddings": column_of(embedded)}

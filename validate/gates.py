@@ -1,10 +1,10 @@
 """The one table of thresholds (gates.toml), and the judgement of numbers by it: PASS, FAIL or AMBIGUOUS.
 
 A gate is a limit on one metric of one stage at one precision. Where nothing was compared, or a number is not finite,
-the gate fails: missing evidence is never a pass. AMBIGUOUS does not fail a run. It says that only near ties of the
-reference stand between the number and the limit; or, of what is a share of a task's items, that its 95 % interval
-reaches the limit, so that these items cannot tell: one wrong answer of 100 is no 1 % of all. How many items there must
-be at least is a gate of its own. Each result records the limit that would have passed.
+the gate fails: missing evidence is never a pass. AMBIGUOUS does not fail a run: it says that only near ties of the
+reference stand between the number and the limit. Of a share of a task's items the 95 % interval is recorded too, for
+the reader alone: a number beyond its limit fails even where the interval reaches back over it, as more items may show
+that it holds, and these do not. Each result records the limit that would have passed.
 
 Precisions are columns: a stage is judged by the column of the graphs that it went through. `fp32-unit` is float32 on
 activations of unit scale (golden cases), where absolute limits mean something.
@@ -23,6 +23,7 @@ from ..runtime.errors import InputError
 __all__ = [
     "COLUMNS",
     "GATES_SCHEMA",
+    "INPUT_KINDS",
     "STAGES",
     "Gate",
     "GateResult",
@@ -56,7 +57,9 @@ STAGES = (
     "classes",  # class scores of images
     "generation",
     "task",
+    "sweep",  # inputs that bite
 )
+INPUT_KINDS = frozenset({"exact", "pixels"})  # what graphs are given: says nothing of what they compute
 
 _AT_LEAST = frozenset(
     {
@@ -80,6 +83,7 @@ _AT_MOST = frozenset(
         "relative_l2",
         "num_nonfinite",
         "num_different",
+        "num_failed",
         "kl_mean",
         "kl_median",
         "kl_p99",
@@ -223,16 +227,14 @@ def _judge_one(gate: Gate, column: str, stage: str, values: Mapping[str, float])
     outcome: Outcome = "PASS" if gate.holds(value) else "FAIL"
     if outcome == "FAIL" and not math.isnan(value) and gate.metric in _FORGIVING:
         outcome = "AMBIGUOUS" if gate.holds(values.get(_FORGIVING[gate.metric], math.nan)) else "FAIL"
-    interval = _interval(gate.metric, values)
-    if outcome == "FAIL" and interval is not None and any(gate.holds(end) for end in interval):
-        outcome = "AMBIGUOUS"
     measured = None if math.isnan(value) else value
     would_pass = measured if measured is not None and math.isfinite(measured) else None
+    interval = _interval(gate.metric, values)
     return GateResult(stage, column, gate.metric, gate.limit, measured, outcome, would_pass, interval)
 
 
 def _interval(metric: str, values: Mapping[str, float]) -> tuple[float, float] | None:
-    """None where the metric is of no sample, or its interval cannot be told: then the number alone decides."""
+    """None where the metric is of no sample, or its interval cannot be told."""
     ends = (values.get(f"{metric}_ci_low", math.nan), values.get(f"{metric}_ci_high", math.nan))
     return ends if metric in _SAMPLED and not any(map(math.isnan, ends)) else None
 

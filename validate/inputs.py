@@ -59,11 +59,11 @@ class InputProof:
     different: tuple[Mapping[str, str | None], ...]  # sample, input, reference, variant
 
 
-def input_hashes(prepared: Prepared, positions: Array | None = None) -> dict[str, str]:
-    """Digests of a prompt. `positions`: those that a side counts by itself; None: it takes the prompt's."""
+def input_hashes(prepared: Prepared) -> dict[str, str]:
+    """Digests of a prompt."""
     return {
         "input_ids": hash_of([prepared.input_ids]),
-        "position_ids": hash_of([prepared.position_ids if positions is None else positions]),
+        "position_ids": hash_of([prepared.position_ids]),
         "visual_runs": hash_of([np.array([(run.start, run.length) for run in prepared.runs], np.int64)]),
         **image_hashes(prepared.visuals),
     }

@@ -27,9 +27,13 @@ class Journal:
     """Records by sample and variant. Use it in a `with` block; one process at a time."""
 
     def __init__(self, folder: Path, digest: str, types: Iterable[type]) -> None:
-        """types: the frozen dataclasses that records are made of, one inside the other."""
-        self.file = folder / f"{digest[:16]}.jsonl"
+        """types: the frozen dataclasses that records are made of, one inside the other.
+
+        Other fields of these are another file, so that no line of an older version is read as one of this.
+        """
         self._types = {kind.__name__: kind for kind in types}
+        fields = {name: [f"{f.name}: {f.type}" for f in dataclasses.fields(kind)] for name, kind in self._types.items()}
+        self.file = folder / f"{digest_of({'lines': digest, 'fields': fields})[:16]}.jsonl"
         self._places: dict[tuple[str, str], tuple[int, int]] = {}
         folder.mkdir(parents=True, exist_ok=True)
         self._stream = self.file.open("a+b")

@@ -12,11 +12,10 @@ from pathlib import Path
 from ..runtime.errors import InputError, PackageError
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, read_entries
 
-__all__ = ["JudgedFiles", "changed_since", "hash_checkpoint", "hash_package", "hash_task"]
+__all__ = ["JudgedFiles", "changed_since", "hash_checkpoint", "hash_files", "hash_golden", "hash_package"]
 
 Progress = Callable[[int, int, str], None]
 _CHECKPOINT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py")
-_TASK_FILES = ("samples.jsonl", "task.json")  # their media are hashed as each sample's inputs
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class JudgedFiles:
 
 def hash_package(package: Package, variants: Iterable[str], progress: Progress) -> JudgedFiles:
     """Reads the files of these variants. Raises PackageError for one that is not what the manifest says."""
-    judged = _hash(package.path, (MANIFEST_NAME, *package.files_of(variants)), progress)
+    judged = hash_files(package.path, (MANIFEST_NAME, *package.files_of(variants)), progress)
     for name, sha256 in judged.sha256.items():
         if name != MANIFEST_NAME and sha256 != package.manifest.files[name].sha256:
             raise PackageError(
@@ -48,13 +47,22 @@ def hash_package(package: Package, variants: Iterable[str], progress: Progress) 
 
 def hash_checkpoint(folder: Path, progress: Progress) -> JudgedFiles:
     """Reads the files of a checkpoint that a reference is made from: weights, configuration, tokenizer, code."""
-    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.suffix in _CHECKPOINT_SUFFIXES)
-    return _hash(folder, names, progress)
+    return hash_files(folder, _of_checkpoint(folder), progress)
 
 
-def hash_task(folder: Path) -> dict[str, str]:
-    """Questions and settings of a task folder."""
-    return {name: file_entry(folder / name).sha256 for name in _TASK_FILES if (folder / name).is_file()}
+def hash_golden(folder: Path, progress: Progress) -> JudgedFiles:
+    """The same of a golden folder, and the inputs of its cases."""
+    inputs = sorted(file for file in (folder / "inputs").rglob("*") if file.is_file())
+    return hash_files(folder, [*_of_checkpoint(folder), *(f.relative_to(folder).as_posix() for f in inputs)], progress)
+
+
+def hash_files(folder: Path, names: Sequence[str], progress: Progress = lambda done, total, what: None) -> JudgedFiles:
+    """Reads these files of a folder."""
+    states = {name: _state(folder / name) for name in names}  # before their bytes: a later change is never missed
+    entries = read_entries(folder, names, lambda name: progress(names.index(name), len(names), f"reading {name}"))
+    sha256 = {name: entry.sha256 for name, entry in entries}
+    progress(len(names), len(names), "read")
+    return JudgedFiles(folder, sha256, states)
 
 
 def changed_since(package: Package, variant: str, judged: Mapping[str, str], since_ns: int | None) -> tuple[str, ...]:
@@ -74,12 +82,8 @@ def changed_since(package: Package, variant: str, judged: Mapping[str, str], sin
     return tuple(changed)
 
 
-def _hash(folder: Path, names: Sequence[str], progress: Progress) -> JudgedFiles:
-    states = {name: _state(folder / name) for name in names}  # before their bytes: a later change is never missed
-    entries = read_entries(folder, names, lambda name: progress(names.index(name), len(names), f"reading {name}"))
-    sha256 = {name: entry.sha256 for name, entry in entries}
-    progress(len(names), len(names), "read")
-    return JudgedFiles(folder, sha256, states)
+def _of_checkpoint(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir() if file.is_file() and file.suffix in _CHECKPOINT_SUFFIXES)
 
 
 def _state(file: Path) -> tuple[int, int, int]:

@@ -21,7 +21,7 @@ from ..runtime.model import Model
 from ..runtime.prepare import Prepared
 from .compare import Comparison, NotCompared, compare_generation, compare_ids, compare_logits, compare_tensors
 from .images import ImageReference
-from .inputs import GivenInputs, compare_inputs, input_hashes
+from .inputs import GivenInputs, compare_inputs, hash_of, input_hashes
 from .samples import Sample
 from .stages import logits_without_cache, run_stages
 
@@ -144,6 +144,7 @@ def run_reference(
     for number, sample in enumerate(samples):
         progress(number, len(samples), f"reference, {sample.id}")
         prepared = model.prepare(sample.messages)
+        given = input_hashes(prepared)
         arrays: dict[str, Array] = {}
         if number < num_detailed and prepared.visuals:
             hidden, arrays["projector"] = reference.vision(prepared.visuals)
@@ -159,7 +160,9 @@ def run_reference(
         file = folder / f"{number}.npz"
         arrays["step_logits"] = steps
         np.savez(file, allow_pickle=False, **arrays)
-        runs.append(ReferenceRun(sample, ids, file, input_hashes(prepared, positions)))
+        if positions is not None:  # it counts by itself
+            given["position_ids"] = hash_of([positions])
+        runs.append(ReferenceRun(sample, ids, file, given))
     progress(len(samples), len(samples), "reference")
     return runs
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from ..runtime.package import Package
 from .compare import Comparison, NotCompared, StageRow
-from .gates import GateTable, Outcome, worst
+from .gates import INPUT_KINDS, GateTable, Outcome, worst
 from .inputs import GivenInputs, InputProof, rolled_up
 from .intervals import Ratio
 from .report_text import markdown
@@ -98,8 +98,11 @@ class VariantReport:
 
     @property
     def outcome(self) -> Outcome:
-        """The worst of all gates. Nothing judged is a failure: there is no evidence."""
-        return worst(row.outcome for row in self.rows if row.outcome is not None) or "FAIL"
+        """The worst of all gates. Nothing judged but what goes in is a failure: there is no evidence."""
+        judged = [row for row in self.rows if row.outcome is not None]
+        if all(row.kind in INPUT_KINDS for row in judged):
+            return "FAIL"
+        return worst(row.outcome for row in judged if row.outcome is not None) or "FAIL"
 
 
 @dataclass(frozen=True)

@@ -27,19 +27,16 @@ from .tasks import Answer, Task, score
 
 if TYPE_CHECKING:
     from ..export.family import RoleSpec
-    from .insides import Insides, Plan
+    from .insides import Insides, Plan, VariantInsides
 
 __all__ = [
     "Compared",
     "about_package",
-    "assembled",
-    "check_unchanged",
-    "provider_of",
+    "concluded",
     "roles_of_checkpoint",
     "validate_against",
     "validate_reference",
     "variant_report",
-    "with_insides",
 ]
 
 Progress = Callable[[int, int, str], None]
@@ -69,14 +66,12 @@ def validate_reference(
     judged = [hash_package(package, variants, progress), hash_checkpoint(checkpoint, progress)]
     columns = {name: stage_columns(package.variant(name)) for name in variants}
     compared = _compare(package, reference, samples, task, columns, gates, progress, journal, rule)
-    about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
-    report = assembled("reference", about, package, judged, compared, samples, task, gates)
+    insides = None
     if plan is not None:
-        failed = [variant.name for variant in report.variants if variant.outcome == "FAIL"]
+        failed = [variant.name for variant in compared[0] if variant.outcome == "FAIL"]
         insides = _look_inside(package, checkpoint, reference, samples, variants, rule, plan, progress, failed)
-        report = with_insides(report, insides)
-    check_unchanged(judged)
-    return report
+    about = {"checkpoint": checkpoint.name, "code": reference.origin, "positions": rule or "one rule only"}
+    return concluded("reference", about, package, judged, compared, samples, task, gates, insides)
 
 
 def validate_against(
@@ -97,9 +92,7 @@ def validate_against(
     reference = PackageReference(other, max(sample.max_new_tokens for sample in samples))
     columns = {name: stage_columns(package.variant(name), other.variant) for name in variants}
     compared = _compare(package, reference, samples, task, columns, gates, progress, journal, None, other)
-    report = assembled("against", about_package(other), package, judged, compared, samples, task, gates)
-    check_unchanged(judged)
-    return report
+    return concluded("against", about_package(other), package, judged, compared, samples, task, gates)
 
 
 Compared = tuple[list[VariantReport], list[GivenInputs], str]
@@ -135,15 +128,19 @@ def _compare(
     return reports, next(iter(found.values())).inputs, provider
 
 
-def with_insides(report: Report, insides: "Insides") -> Report:
-    """The report with what was found inside its variants."""
-    variants = [
-        replace(variant, layers=inside.layers, raises=inside.raises, waterfall=inside.waterfall, bisect=inside.bisect)
-        for variant in report.variants
-        for inside in [insides.variants[variant.name]]
-    ]
-    rows = [row for inside in insides.variants.values() for row in inside.sweep]
-    return replace(report, variants=tuple(variants), noise=insides.noise, sweep=rows)
+def _with_inside(variant: VariantReport, inside: "VariantInsides", package: Package, gates: GateTable) -> VariantReport:
+    """The report of a variant with what was found inside it; the sweep is judged as a stage of its own."""
+    from .sweep import sweep_row  # needs onnx, as all insides do
+
+    column = stage_columns(package.variant(variant.name))["sweep"]
+    return replace(
+        variant,
+        rows=(*variant.rows, *([sweep_row(inside.sweep, gates, column)] if inside.sweep else [])),
+        layers=inside.layers,
+        raises=inside.raises,
+        waterfall=inside.waterfall,
+        bisect=inside.bisect,
+    )
 
 
 def _look_inside(
@@ -183,17 +180,6 @@ def about_package(other: Model) -> dict[str, str]:
         "variant": other.variant.name,
         "code": PackageReference.origin,
     }
-
-
-def check_unchanged(judged: Sequence[JudgedFiles]) -> None:
-    """Raises InputError for a file that changed while it was judged."""
-    for files in judged:
-        files.check()
-
-
-def provider_of(model: Model) -> str:
-    """What ONNX Runtime runs the graphs with, as the session says."""
-    return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])
 
 
 def _answers(task: Task, found: Found) -> list[Answer]:
@@ -260,7 +246,7 @@ def variant_report(
     )
 
 
-def assembled(
+def concluded(
     mode: Literal["reference", "against"],
     reference: Mapping[str, str],
     package: Package,
@@ -269,9 +255,17 @@ def assembled(
     samples: Sequence[Sample] | Sequence[ImageSample],
     task: Task | None,
     gates: GateTable,
+    insides: "Insides | None" = None,
 ) -> Report:
-    """The report of what was compared; `judged`: files of the package, then of the reference."""
+    """The report of what was compared; `judged`: files of the package, then of the reference.
+
+    Raises InputError for a file that changed while it was judged.
+    """
     reports, inputs, provider = compared
+    if insides is not None:
+        reports = [_with_inside(variant, insides.variants[variant.name], package, gates) for variant in reports]
+    for files in (*judged, *([] if task is None else [task.files])):
+        files.check()
     return Report(
         mode=mode,
         reference=reference if task is None else {**reference, "task": task.name},
@@ -284,4 +278,7 @@ def assembled(
         gates=gates,
         variants=tuple(reports),
         inputs=tuple(inputs),
+        task_files={} if task is None else task.files.sha256,
+        noise=None if insides is None else insides.noise,
+        sweep=[] if insides is None else [row for inside in insides.variants.values() for row in inside.sweep],
     )

@@ -12,9 +12,10 @@ from .gates import GateTable
 from .golden import Golden
 from .golden_compare import compare_golden
 from .image_golden import compare_image_golden
-from .judged import hash_checkpoint, hash_package
+from .judged import hash_golden, hash_package
 from .report import Report, VariantReport, versions
-from .run import provider_of, variant_report
+from .run import variant_report
+from .shards import provider_of
 
 __all__ = ["made_from", "validate_golden"]
 
@@ -26,7 +27,7 @@ def validate_golden(
 ) -> Report:
     """Each variant against every case of the golden folders, of which there is at least one."""
     judged = [hash_package(package, variants, progress)]
-    judged += [hash_checkpoint(golden.path, progress) for golden in goldens]
+    judged += [hash_golden(golden.path, progress) for golden in goldens]
     reports: list[VariantReport] = []
     provider = ""
     for name in variants:

@@ -15,16 +15,8 @@ from .images import EncodingReference, ImageReference, ImageSample, compare_imag
 from .inputs import GivenInputs, prove
 from .judged import hash_checkpoint, hash_package
 from .report import Report, VariantReport
-from .run import (
-    Compared,
-    about_package,
-    assembled,
-    check_unchanged,
-    provider_of,
-    roles_of_checkpoint,
-    variant_report,
-    with_insides,
-)
+from .run import Compared, about_package, concluded, roles_of_checkpoint, variant_report
+from .shards import provider_of
 
 if TYPE_CHECKING:
     from .insides import Plan
@@ -48,16 +40,14 @@ def validate_images(
     judged = [hash_package(package, variants, progress), hash_checkpoint(checkpoint, progress)]
     columns = {name: stage_columns(package.variant(name)) for name in variants}
     compared = _compare_images(package, reference, package, samples, columns, gates, progress)
-    about = {"checkpoint": checkpoint.name, "code": reference.origin}
-    report = assembled("reference", about, package, judged, compared, samples, None, gates)
+    insides = None
     if plan is not None:
         from .insides import look_inside_images
 
         roles = roles_of_checkpoint(checkpoint)
         insides = look_inside_images(package, reference, roles, samples[-1], variants, plan, progress)
-        report = with_insides(report, insides)
-    check_unchanged(judged)
-    return report
+    about = {"checkpoint": checkpoint.name, "code": reference.origin}
+    return concluded("reference", about, package, judged, compared, samples, None, gates, insides)
 
 
 def validate_images_against(
@@ -72,9 +62,7 @@ def validate_images_against(
     judged = [hash_package(package, variants, progress), hash_package(other.package, [other.variant.name], progress)]
     columns = {name: stage_columns(package.variant(name), other.variant) for name in variants}
     compared = _compare_images(package, PackageImages(other), other.package, samples, columns, gates, progress)
-    report = assembled("against", about_package(other), package, judged, compared, samples, None, gates)
-    check_unchanged(judged)
-    return report
+    return concluded("against", about_package(other), package, judged, compared, samples, None, gates)
 
 
 def _compare_images(

@@ -24,7 +24,7 @@ from .reference import AnsweringReference, ReferenceRun, compare_sample, given_i
 from .samples import Sample
 from .tasks import Task
 
-__all__ = ["JOURNAL_TYPES", "Found", "Questions", "compare_in_shards"]
+__all__ = ["JOURNAL_TYPES", "Found", "Questions", "compare_in_shards", "provider_of"]
 
 Progress = Callable[[int, int, str], None]
 _SHARD = 32  # samples; an answer of 48 tokens over 150 000 words is 29 MB of logits on disk until its variants have run
@@ -89,7 +89,7 @@ def compare_in_shards(
                     found[name].seconds += seconds
                 for name in variants:
                     if name in models:
-                        found[name].provider = _provider(models[name])
+                        found[name].provider = provider_of(models[name])
             if not keep:
                 models.clear()
     progress(total, total, "compared")
@@ -187,6 +187,6 @@ def _add(found: Found, records: Sequence[Record]) -> None:
             found.records.append(record)
 
 
-def _provider(model: Model) -> str:
+def provider_of(model: Model) -> str:
     """What ONNX Runtime runs the graphs with, as the session says."""
     return str(model.session(model.manifest.roles[-1]).raw.get_providers()[0])

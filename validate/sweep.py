@@ -23,11 +23,12 @@ from ..runtime.opened import LoadOptions
 from ..runtime.package import Package
 from ..runtime.prepare import Prepared
 from .bisect import relative_l2
-from .compare import stage_columns
+from .compare import StageRow, stage_columns
+from .gates import GateTable, judge
 from .samples import draw_picture
 from .tapped import TappedModel
 
-__all__ = ["SweepResult", "Vision", "sweep"]
+__all__ = ["SweepResult", "Vision", "sweep", "sweep_row"]
 
 Array = NDArray[Any]
 Vision = Callable[[Sequence[Patches]], Array]  # the reference's rows in place of placeholders
@@ -79,6 +80,26 @@ def sweep(
             results.append(_measured(result, value))
     progress(len(cases), len(cases), f"{variant}, sweep")
     return tuple(results)
+
+
+def sweep_row(results: Sequence[Mapping[str, Any]], table: GateTable, column: str) -> StageRow:
+    """All cases of a variant as one judged stage: how many left their limits. `results` as a report has them.
+
+    Skipped ones are no evidence: where nothing was measured the gate fails.
+    """
+    measured = [each for each in results if each["outcome"] is not None]
+    failed = [each for each in measured if each["outcome"] == "FAIL"]
+    values = {"num_cases": float(len(measured)), "num_failed": float(len(failed))} if measured else {}
+    return StageRow(
+        stage="sweep",
+        kind="sweep",
+        column=column,
+        num_samples=len(measured),
+        values=values,
+        worst_sample=max(failed, key=lambda each: each["value"] - each["limit"])["id"] if failed else "",
+        gates=judge(table, column, "sweep", "sweep", values),
+        notes=tuple(f"{each['case']}, {each['id']}: {each['value']:.3g}, limit {each['limit']:g}" for each in failed),
+    )
 
 
 Case = tuple[SweepResult, Callable[[], float | str]]

@@ -10,17 +10,18 @@ wrong: equal accuracy can hide them.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..quant.samples import SAMPLES_NAME, CalibrationSample, load_samples
+from ..quant.samples import SAMPLES_NAME, CalibrationSample, load_samples, media_files
 from ..runtime.errors import InputError
 from ..runtime.messages import read_messages
 from ..runtime.schema import SchemaError, from_json
 from .intervals import Ratio, ratio
+from .judged import JudgedFiles, hash_files
 from .report import TaskScore
 from .samples import Sample
 from .scorers import SCORERS, Scorer
@@ -80,6 +81,7 @@ class Task:
     scorer: str
     max_new_tokens: int
     items: tuple[Item, ...]
+    files: JudgedFiles = field(default_factory=lambda: JudgedFiles(Path(), {}, {}))  # settings, questions, media
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,6 @@ class Answer:
     reference_text: str
     num_tokens: int  # decoded after the first
     seconds: float  # for those
-    ids: tuple[int, ...] = ()
-    reference_ids: tuple[int, ...] = ()
-    num_patches: int = 0  # of all its images and clips
 
     @property
     def score(self) -> float:
@@ -118,17 +117,21 @@ class Answer:
 
 def load_task(folder: Path) -> Task:
     """Reads a task folder, strictly; every file that a sample names must be inside it. Raises InputError."""
-    settings = _settings(folder / TASK_NAME)
     file = folder / SAMPLES_NAME
+    texts = hash_files(folder, [name for name in (SAMPLES_NAME, TASK_NAME) if (folder / name).is_file()])
+    settings = _settings(folder / TASK_NAME)
     samples = load_samples(folder, num_samples=_ALL, seed=0)
     ids = [sample.id for sample in samples]
     if twice := next((name for name in ids if ids.count(name) > 1), None):
         raise InputError(f"{file}: id {twice!r} is there twice; each sample needs one of its own")
+    shown = {path.resolve() for sample in samples for path in media_files(folder, sample.messages)}
+    media = hash_files(folder, sorted(path.relative_to(folder.resolve()).as_posix() for path in shown))
     return Task(
         name=settings.name or folder.resolve().name,
         scorer=settings.scorer,
         max_new_tokens=settings.max_new_tokens,
         items=tuple(_item(folder, file, sample, settings) for sample in samples),
+        files=JudgedFiles(folder, {**texts.sha256, **media.sha256}, {**texts.states, **media.states}),
     )
 
 
@@ -242,11 +245,18 @@ def _absolute_part(part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {
         key: _absolute_part(value, folder)
         if isinstance(value, Mapping)
-        else str(folder / value)
-        if key in _SOURCES and isinstance(value, str) and not value.startswith("data:")
+        else _absolute_source(value, folder)
+        if key in _SOURCES
         else value
         for key, value in part.items()
     }
+
+
+def _absolute_source(value: Any, folder: Path) -> Any:
+    """A path, or those of a clip's frames."""
+    if isinstance(value, list):
+        return [_absolute_source(each, folder) for each in value]
+    return str(folder / value) if isinstance(value, str) and not value.startswith("data:") else value
 
 
 def _record(answer: Answer) -> dict[str, Any]:
