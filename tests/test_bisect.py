@@ -1,8 +1,11 @@
 """`--bisect`: planted faults are found at their layer and operator, and a sound package has none."""
 
+import base64
 import shutil
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 from planted import FAULTS, QUANTIZED, Fault, noise, plant
 
@@ -14,6 +17,8 @@ from vlmport.validate import bisect
 from vlmport.validate.gates import default_gates
 from vlmport.validate.golden import load_golden
 from vlmport.validate.localise import TappedRequest, localise, tap_reference
+from vlmport.validate.moved import moved_channels
+from vlmport.validate.points import find_points
 from vlmport.validate.reference import load_reference
 from vlmport.validate.run_golden import validate_golden
 from vlmport.validate.samples import Sample, draw_picture
@@ -86,6 +91,25 @@ def test_values_that_a_method_has_scaled_are_no_faults(package_awq, request_tapp
     assert max(point.accumulated for point in result.points) < 0.5
     monkeypatch.setattr(bisect, "moved_channels", lambda *_: {})
     assert localise(package, variant, request_tapped).first is not None, "nothing was scaled, so nothing was tested"
+
+
+def test_what_a_graph_notes_of_its_cached_values_is_taken_as_it_is(package_tiny_a):
+    """Without any weights: nothing is told from codes where the factors are written down."""
+    graph = Package.open(package_tiny_a).graph_path("decoder", "int4")
+    model = onnx.load(graph, load_external_data=False)
+    attention = next(node for node in model.graph.node if node.op_type == "GroupQueryAttention")
+    number = {attribute.name: attribute.i for attribute in attention.attribute}
+    (size,) = {value.type.tensor_type.shape.dim[-1].dim_value for value in model.graph.input if "value" in value.name}
+    factors = np.random.default_rng(0).uniform(0.5, 2, (number["kv_num_heads"], size)).astype(np.float32)
+    noted = base64.b64encode(factors.tobytes()).decode()
+    model.metadata_props.add(key=f"{attention.input[4]}.factors", value=noted)
+    points = find_points(model.graph, ["layers.0.self_attn.o_proj"])
+    moved = moved_channels(model, graph.parent, points, lambda module: None)
+    (taken,) = [point.value for point in points if point.side == "in"]
+    assert set(moved) == {attention.output[2], taken}
+    np.testing.assert_allclose(moved[attention.output[2]], 1 / factors[:, None])
+    shared = np.repeat(factors, number["num_heads"] // number["kv_num_heads"], axis=0)
+    np.testing.assert_allclose(moved[taken], 1 / shared.ravel())
 
 
 def test_cached_values_that_a_method_has_scaled_are_compared_by_the_golden_cases(package_awq):

@@ -1,21 +1,23 @@
 """Values that a recipe has scaled: factors a channel that moved from what writes a value into the linears that read it.
 
 Balancing and AWQ divide a writer by factors s [C] and multiply the columns of its readers: the same function, but what
-lies between has another scale than the reference's. The factors are told from the weights of both sides, which have to
-agree: a reader's columns are s times the reference's, a writer's rows 1 / s times. Where only one of them is scaled
-nothing has moved, one of the weights is wrong, and the value keeps the reference's scale, so that this shows.
+lies between has another scale than the reference's. Of values that a cache keeps the graph notes them; of others they
+are told from the weights of both sides, which have to agree: a reader's columns are s times the reference's, a writer's
+rows 1 / s times. Where only one of them is scaled nothing has moved, one of the weights is wrong, and the value keeps
+the reference's scale, so that this shows.
 
 Dims: N outputs, K inputs of a linear, C channels of a value, G key/value heads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import base64
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx.numpy_helper
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..quant.folds import Fold, Rows, find_folds
 from .linears import QuantizedLinear, float_structure, quantized_linears, read_back
@@ -42,7 +44,11 @@ def moved_channels(model: ModelProto, folder: Path, points: Sequence[Point], wei
     read: dict[str, Array] = {}
     # Norms first: their factors are exact, and stand in the columns of the linears that write other values.
     for fold in sorted(folds, key=lambda fold: stored.is_linear(fold.writers[0].parameter)):
-        factors_C = _factors(fold, stored, weight_of)
+        attentions = [_attention(model.graph, values.get((_module(reader), "in"), "")) for reader in fold.readers]
+        cached = next((node for node in attentions if node is not None), None)
+        factors_C = None if cached is None else _noted(model, cached)
+        if factors_C is None:
+            factors_C = _factors(fold, stored, weight_of)
         if factors_C is None:
             continue
         for rows in fold.writers:
@@ -56,7 +62,9 @@ def moved_channels(model: ModelProto, folder: Path, points: Sequence[Point], wei
             value = values.get((_module(reader), "in"))
             if value is not None:
                 read[value] = factors_C[fold.channels]
-                read |= _cached(model.graph, value, factors_C)
+        if cached is not None:
+            heads = next(attribute.i for attribute in cached.attribute if attribute.name == "kv_num_heads")
+            read[cached.output[2]] = factors_C.reshape(heads, 1, -1)  # [1, G, T, C / G]
     return {**read, **written}
 
 
@@ -166,16 +174,20 @@ def _least_squares(sums_3C: Array, count: int) -> tuple[Array, Array]:
     return slope_C, np.maximum(_NOISE * np.sqrt(left_C / max(count - 1, 1) / size_C), _LEAST)
 
 
-def _cached(graph: GraphProto, value: str, factors_C: Array) -> Mapping[str, Array]:
-    """The cached values of the attention that makes `value`, where it has a cache: [1, G, T, C / G]."""
+def _attention(graph: GraphProto, value: str) -> NodeProto | None:
+    """The attention that makes `value`, where it has a cache."""
     producers = {name: node for node in graph.node for name in node.output}
     node = producers.get(value)
     while node is not None and node.op_type in ("Reshape", "Cast", "Identity"):
         node = producers.get(node.input[0])
-    if node is None or node.op_type != "GroupQueryAttention" or len(node.output) < 3:
-        return {}
-    heads = next(attribute.i for attribute in node.attribute if attribute.name == "kv_num_heads")
-    return {node.output[2]: factors_C.reshape(heads, 1, -1)}
+    return node if node is not None and node.op_type == "GroupQueryAttention" and len(node.output) > 2 else None
+
+
+def _noted(model: ModelProto, attention: NodeProto) -> Array | None:
+    """What its cached values are multiplied by, float32 [C], where the graph says so (quant.kv_cache)."""
+    key = f"{attention.input[4]}.factors"
+    noted = next((entry.value for entry in model.metadata_props if entry.key == key), None)
+    return None if noted is None else 1 / np.frombuffer(base64.b64decode(noted), np.float32)
 
 
 def _module(parameter: str) -> str:
