@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden_cases import keep_cases
 from safetensors.numpy import load_file, save_file
 
 from vlmport.cli.main import main
@@ -31,16 +32,6 @@ def edit(folder, change):
     document = json.loads(file.read_text(encoding="utf-8"))
     change(document)
     file.write_text(json.dumps(document), encoding="utf-8")
-
-
-def only(folder, case):
-    """Leaves one case, without batches and alternatives, for speed."""
-
-    def change(document):
-        document["cases"] = {case: document["cases"][case]}
-        document["batches"], document["alternatives"] = {}, {}
-
-    edit(folder, change)
 
 
 def quiet(_done, _total, _what):
@@ -180,7 +171,7 @@ def test_quantized_variants_run_and_tell_their_true_numbers(variant, package_tin
 
 @pytest.mark.parametrize("stage", ["position_ids", "vision", "projector_image", "prefill_logits_last", "past_value.0"])
 def test_one_wrong_value_fails_its_stage_alone(stage, folder, package_tiny_b):
-    only(folder, "image_upscale")
+    keep_cases(folder, "image_upscale")
     tensors = load_file(folder / "expected.safetensors")
     stages = load_golden(folder).cases["image_upscale"].stages
     key = next(entry.tensor for entry in stages if entry.stage == stage)
@@ -203,14 +194,14 @@ def test_one_wrong_value_fails_its_stage_alone(stage, folder, package_tiny_b):
     ],
 )
 def test_ids_hashes_and_refused_requests_fail_too(change, stage, folder, package_tiny_b):
-    only(folder, "image_upscale")
+    keep_cases(folder, "image_upscale")
     edit(folder, lambda document: change(document["cases"]["image_upscale"]))
     variant = validated(package_tiny_b, folder)
     assert stage in [row.stage for row in variant.rows if row.outcome == "FAIL"]
 
 
 def test_statistics_stand_in_for_a_tensor_that_is_not_stored(folder, package_tiny_b):
-    only(folder, "image_upscale")
+    keep_cases(folder, "image_upscale")
     golden = load_golden(folder)
     entry = next(entry for entry in golden.cases["image_upscale"].stages if entry.stage == "vision")
     array = golden.tensors[entry.tensor].astype(np.float64)
@@ -237,7 +228,7 @@ def test_statistics_stand_in_for_a_tensor_that_is_not_stored(folder, package_tin
 
 
 def test_statistics_of_logits_and_their_shape(folder, package_tiny_b):
-    only(folder, "image_upscale")
+    keep_cases(folder, "image_upscale")
     golden = load_golden(folder)
     entry = next(entry for entry in golden.cases["image_upscale"].stages if entry.stage == "prefill_logits_last")
     array = golden.tensors[entry.tensor].astype(np.float64)
@@ -296,7 +287,7 @@ def test_where_ids_part_first_decides():
 
 def test_the_command_prints_a_row_a_stage_and_its_status(package_tiny_b, folder, tmp_path, capsys):
     package = shutil.copytree(package_tiny_b, tmp_path / "package")
-    only(folder, "image_upscale")
+    keep_cases(folder, "image_upscale")
     arguments = ["validate", str(package), "--golden", str(folder), "--report", str(tmp_path / "report")]
     assert main(arguments) == 0  # of the first variant alone
     printed = capsys.readouterr().out
@@ -313,7 +304,7 @@ def test_the_command_prints_a_row_a_stage_and_its_status(package_tiny_b, folder,
 
 def test_only_folders_of_the_package_s_own_checkpoint_count(package_tiny_b, folder, tmp_path, capsys):
     package = shutil.copytree(package_tiny_b, tmp_path / "package")
-    only(folder, "image_upscale")
+    keep_cases(folder, "image_upscale")
     root = folder.parent / "root"
     root.mkdir()
     for name in ("one", "two"):

@@ -69,15 +69,22 @@ def drift(package):
     ]
 
 
-def test_the_damaged_layer_gains_most(package, requests, tmp_path):
-    found = measure_raises(package, "int4", drift(package), requests, tmp_path, None, lambda *_: None)
+@pytest.fixture(scope="module")
+def raised(package, requests, tmp_path_factory):
+    """What raising each layer gained, and the folder that graphs were made in."""
+    folder = tmp_path_factory.mktemp("raised")
+    return measure_raises(package, "int4", drift(package), requests, folder, None, lambda *_: None), folder
+
+
+def test_the_damaged_layer_gains_most(package, raised):
+    found, folder = raised
     last = num_layers(package.path) - 1
     assert found[0].layer == last
     assert {each.layer for each in found} == set(range(last + 1))
     assert found[0].gain == pytest.approx(found[0].before - found[0].after)
     assert found[0].gain > 0.3 * found[0].before
     assert all(each.ci_low <= each.gain <= each.ci_high and each.num_bytes > 0 for each in found)
-    assert list(tmp_path.iterdir()) == []  # copies of graphs are gone
+    assert list(folder.iterdir()) == []  # copies of graphs are gone
 
 
 @pytest.mark.parametrize(("role", "precise"), [("decoder", "int8"), ("vision_encoder", "int8")])
@@ -120,8 +127,8 @@ def test_a_layer_that_is_float_already_is_none(package, tmp_path):
     assert raised_graph(graph, graph, 0, tmp_path) is None
 
 
-def test_the_advice_tells_gains_that_are_sure(package, requests, tmp_path):
-    found = measure_raises(package, "int4", drift(package), requests, tmp_path, None, lambda *_: None)
+def test_the_advice_tells_gains_that_are_sure(package, raised):
+    found, _ = raised
     variant = {"outcome": "FAIL", "raises": plain(found)}
     assert raising({**variant, "outcome": "PASS"}) == ""
     unsure = [{**each, "ci_low": -1.0} for each in variant["raises"]]

@@ -177,8 +177,10 @@ def test_a_damaged_checkpoint_is_one_line_and_status_2(damage, words, package_ti
 def test_the_command_writes_the_report_where_it_says(package_tiny_b, tmp_path, capsys):
     package = shutil.copytree(package_tiny_b, tmp_path / "package")
     arguments = ["validate", str(package), "--reference", str(GOLDENS / "tiny_b"), "--variant", "fp32"]
-    assert main([*arguments, "--report", str(tmp_path / "report")]) == 0
-    assert "prefill_logits" in capsys.readouterr().out
+    assert main([*arguments, "--limit", "2", "--bisect", "--report", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "prefill_logits" in printed
+    assert "no operator leaves its tolerance" in printed
     document = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert document["mode"] == "reference"
     assert document["provider"] == "CPUExecutionProvider"
