@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..quant.convert import stands_for
+from ..quant.data_file import check_space
 from ..quant.found import FoundCodes
 from ..quant.recipe import Target, WeightFormat
 from ..quant.source import WeightSource
@@ -33,7 +34,10 @@ _SMALLEST = 1e-30
 
 
 class FloatRoles:
-    """Every role of a package on the samples of a folder. Raises RecipeError where its last role gives no logits."""
+    """Every role of a package on the samples of a folder.
+
+    Raises RecipeError where the last role gives no logits, CapacityError where the disk cannot take the weights.
+    """
 
     def __init__(
         self,
@@ -44,9 +48,10 @@ class FloatRoles:
         folder: Path,
         codes_of: Callable[[Key], FoundCodes | None] = lambda _: None,
     ) -> None:
-        """`folder` takes the file of weights, 4 bytes a parameter; `codes_of` gives codes found for a weight."""
+        """`folder` takes the files of weights, 4 bytes a parameter; `codes_of` gives codes found for a weight."""
         self.feeds, self._roles, self._codes_of = feeds, roles, codes_of
         self._scale_dtype = "float32" if target == "cpu" else "float16"
+        self._rounds_inputs = target == "cpu"  # kernels of cuda compute in float16
         if roles[list(roles)[-1]].outputs[0].name != "logits":
             raise RecipeError("recipe int4-mixed: this package gives no logits to measure bits by; use int8")
         self.graphs: dict[str, ir.Model] = {}
@@ -86,7 +91,9 @@ class FloatRoles:
     def _fill(self, role: str, path: Path) -> None:
         module = self.modules[role]
         sizes = {name: values.numel() for name, values in module.named_parameters()}
-        flat = torch.from_numpy(np.memmap(path, np.float32, "w+", shape=(max(1, sum(sizes.values())),)))
+        num_values = max(1, sum(sizes.values()))
+        check_space(path, 4 * num_values)  # a mapped page that finds no room ends the process
+        flat = torch.from_numpy(np.memmap(path, np.float32, "w+", shape=(num_values,)))
         end = 0
         for owner_name, owner in list(module.named_modules()):
             for name, values in list(owner.named_parameters(recurse=False)):
@@ -114,7 +121,7 @@ class FloatRoles:
                 rows = read_rows(self.graphs[role].graph, self.sources[role], name, start, stop)
                 rows = rows if format is None else stands_for(rows, format, self._scale_dtype, name)
             values.data[start:stop] = torch.from_numpy(np.ascontiguousarray(rows))
-        if format is not None and format.has_blocks and format.accuracy_level == 4:
+        if self._rounds_inputs and format is not None and format.has_blocks and format.accuracy_level == 4:
             self._blocks[key] = format.block_size
         else:
             self._blocks.pop(key, None)
@@ -127,8 +134,9 @@ class FloatRoles:
         x = inputs[0]
         missing = -x.shape[-1] % size
         x_BS = nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, size))
-        scale_B1 = x_BS.abs().amax(-1, keepdim=True) / 127
-        rounded = torch.round(x_BS * (1 / scale_B1.clamp(min=_SMALLEST))) * scale_B1  # as the kernel has it
+        largest_B1 = x_BS.abs().amax(-1, keepdim=True)
+        codes_BS = torch.round(x_BS * (127 / largest_B1.clamp(min=_SMALLEST)))  # as the kernel has it, to the last bit
+        rounded = codes_BS * (largest_B1 / 127)
         return (rounded.flatten(-2)[..., : x.shape[-1]],)
 
 

@@ -28,6 +28,7 @@ from .weight_groups import Group, Key, StoredSizes, group_weights, shared_with_t
 __all__ = ["Budget", "Mixed", "choose_bits", "mean_and_bound"]
 
 _HELD_OUT = 4  # one sample of so many takes no part in the choice
+_FEWEST = 3  # samples: two take part in the choice, for a bound of one is infinite
 _MANY_WEIGHTS = 300  # above, linears that read one input are measured together: half of the time, less to choose from
 _ROUNDS = 8  # of measuring a choice as a whole, for a promise
 _ONE_SIDED_95 = 1.645  # standard errors
@@ -79,17 +80,19 @@ def choose_bits(
     Raises RecipeError where no choice fits, InputError for too few samples.
     """
     num_samples = calibrator.feeds.num_samples
-    if num_samples < 2:
-        raise InputError(f"recipe {MIXED_NAME}: one sample is too few, as some are held out; give a hundred")
-    groups, without = _groups(calibrator.roles, open_role)
+    if num_samples < _FEWEST:
+        raise InputError(f"recipe {MIXED_NAME}: {num_samples} samples are too few, some being held out; give a hundred")
+    groups, without = _groups(calibrator.roles, open_role, budget, target, block_size)
     candidates = find_candidates(
         calibrator, target, open_role, folder, without, method=method, block_size=block_size, progress=progress
     )
     open_role = candidates.open_role
     roles = FloatRoles(calibrator.feeds, calibrator.roles, open_role, target, folder, candidates.codes_of)
+    sizes = StoredSizes(roles.graphs, roles.sources, target, block_size)
+    _check_budget(budget, sizes, groups)  # factors stand in the graphs by now
     held_out = list(range(1, num_samples, _HELD_OUT))
     samples = [number for number in range(num_samples) if number not in held_out]
-    search = _Search(roles, groups, candidates, samples, held_out, target, progress)
+    search = _Search(roles, groups, candidates, sizes, samples, held_out, progress)
     front = Front(search.items)
     if budget.max_bytes is not None:
         pick, measured = search.within_bytes(front, budget.max_bytes)
@@ -111,17 +114,31 @@ def choose_bits(
     recipe = Recipe(name, tuple(Rule("/".join(key), format) for key, format in search.formats_of(pick).items()))
     codes = ChosenCodes(calibrator.record, candidates.found)
     points = tuple(front.points(_NUM_POINTS))
-    return Mixed(recipe, allocation, pick, points, search.sizes.fixed, roles.graphs, roles.sources, codes)
+    return Mixed(recipe, allocation, pick, points, sizes.fixed, roles.graphs, roles.sources, codes)
 
 
-def _groups(roles: Iterable[str], open_role: OpenRole) -> tuple[list[Group], frozenset[Key]]:
-    """Weights that share a choice, and those that have no codes of a method, being tables too."""
+def _groups(
+    roles: Iterable[str], open_role: OpenRole, budget: Budget, target: Target, block_size: int
+) -> tuple[list[Group], frozenset[Key]]:
+    """Weights that share a choice, and those that have no codes of a method, being tables too.
+
+    Raises RecipeError where the budget is less than they can take: before anything is measured.
+    """
     opened = {role: open_role(role) for role in roles}
     graphs = {role: graph for role, (graph, _) in opened.items()}
     num_weights = sum(len(weights_of(model.graph)) for model in graphs.values())
     sources = {role: source for role, (_, source) in opened.items()}
     groups = group_weights(graphs, sources, by_input=num_weights > _MANY_WEIGHTS)
+    _check_budget(budget, StoredSizes(graphs, sources, target, block_size), groups)
     return groups, shared_with_tables(graphs, groups)
+
+
+def _check_budget(budget: Budget, sizes: StoredSizes, groups: Iterable[Group]) -> None:
+    least = sizes.fixed + sum(sizes.of(group, 4) for group in groups)
+    if budget.max_bytes is not None and budget.max_bytes < least:
+        raise RecipeError(
+            f"--max-size {budget.max_bytes / 1e6:.3f} MB: 4 bits everywhere take {least / 1e6:.3f} MB; allow more"
+        )
 
 
 @dataclass(frozen=True)
@@ -141,24 +158,21 @@ class _Search:
         roles: FloatRoles,
         groups: Sequence[Group],
         candidates: Candidates,
+        sizes: StoredSizes,
         samples: Sequence[int],
         held_out: Sequence[int],
-        target: Target,
         progress: Progress | None,
     ) -> None:
         self.first = next(iter(roles.modules))
-        self._roles, self._groups, self._candidates, self._progress = roles, groups, candidates, progress
-        wanted = (4, 8, 16, 32) if target == "cpu" else (4, 8, 16)
-        self.sizes = StoredSizes(roles.graphs, roles.sources, target, candidates.block_size, wanted)
+        self._roles, self._groups, self._candidates, self._sizes = roles, groups, candidates, sizes
+        self._progress = progress
         self.answers, self.unseen = Answers(roles, samples), Answers(roles, held_out)
         self.items = [self._item(number, group) for number, group in enumerate(groups)]
 
     def within_bytes(self, front: Front, max_bytes: int) -> tuple[Pick, _Measured]:
         """The pick with the least sum of losses in so many bytes, and its real losses."""
-        pick = front.within_bytes(max_bytes - self.sizes.fixed)
-        if pick is None:
-            least = (front.points(2)[0].num_bytes + self.sizes.fixed) / 1e6
-            raise RecipeError(f"--max-size {max_bytes / 1e6:.3f} MB: 4 bits everywhere take {least:.3f} MB; allow more")
+        pick = front.within_bytes(max_bytes - self._sizes.fixed)
+        assert pick is not None, "4 bits everywhere fit"
         return pick, self._measure(pick)
 
     def within_kl(self, front: Front, max_kl: float) -> tuple[Pick, _Measured]:
@@ -215,9 +229,9 @@ class _Search:
             self._tell(2 * number + bits // 8, 2 * len(self._groups), name)
             with self._roles.lowered({key: self._candidates.format_of(key, bits) for key in group}):
                 loss = mean_and_bound(self.answers.losses(group[0][0]))[0]
-            choices.append(Choice(bits, self.sizes.of(group, bits), loss))
+            choices.append(Choice(bits, self._sizes.of(group, bits), loss))
         floats = 32 if self._roles.float16_overflows.intersection(group) else 16
-        return Item(name, (*choices, Choice(floats, self.sizes.of(group, floats), 0.0)))
+        return Item(name, (*choices, Choice(floats, self._sizes.of(group, floats), 0.0)))
 
     def _measure(self, pick: Pick) -> _Measured:
         if self._progress is not None:

@@ -55,9 +55,9 @@ class StoredSizes:
         sources: Mapping[str, WeightSource],
         target: Target,
         block_size: int,
-        choices: Sequence[int],
     ) -> None:
-        """`choices` are bits; how codes are found makes no difference."""
+        """How codes are found makes no difference."""
+        choices = (4, 8, 16, 32) if target == "cpu" else (4, 8, 16)
         self._sources = sources
         self._tensors: dict[tuple[str, str, int], list[StoredTensor]] = {}
         self.fixed = 0  # of graphs and of all that has no choice

@@ -5,6 +5,7 @@ What is written does not depend on the number of threads: each row of each slot 
 
 import math
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from .nf4 import whole_rows
 from .rewrite import StoredTensor
 from .source import WeightSource
 
-__all__ = ["Progress", "Slot", "WeightSource", "constant_bytes", "disk_errors", "write_data"]
+__all__ = ["Progress", "Slot", "WeightSource", "check_space", "constant_bytes", "disk_errors", "write_data"]
 
 Progress = Callable[[int, int, str], None]  # done bytes, total bytes, what is at work
 
@@ -150,6 +151,14 @@ def constant_bytes(value: ir.Value) -> bytes:
     """What an initializer holds that is no parameter."""
     assert value.const_value is not None, f"{value.name}: a parameter that rewrite did not see"
     return value.const_value.tobytes()
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raises CapacityError where the disk has no room for a file of so many bytes at `path`."""
+    with disk_errors(path, num_bytes):
+        free = shutil.disk_usage(path.parent).free
+    if free < num_bytes:
+        raise CapacityError(f"{path}: needs {num_bytes} bytes, the disk has {free} free; make room")
 
 
 @contextmanager

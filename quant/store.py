@@ -7,7 +7,6 @@ but codes that lie by columns, which are gathered first, a byte a value.
 """
 
 import os
-import shutil
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from ..runtime.errors import CapacityError, CheckpointError
+from ..runtime.errors import CheckpointError
 from ..runtime.manifest import FileEntry, GraphFile, TensorInfo
 from ..runtime.package import file_entry
-from .data_file import Progress, Slot, WeightSource, constant_bytes, disk_errors, write_data
+from .data_file import Progress, Slot, WeightSource, check_space, constant_bytes, disk_errors, write_data
 from .found import FoundCodes
 from .pack import Piece
 from .recipe import WeightFormat
@@ -90,7 +89,7 @@ def write_graph(
     graph_path, data_path = folder / f"{stem}.onnx", folder / f"{stem}.onnx_data"
     slots, data_size = _lay_out(model.graph, stored, _borrowed(stored, source, known))
     _check_sources(slots, source)
-    _check_space(data_path, data_size)
+    check_space(data_path, data_size + _GRAPH_SLACK)
     finished = False
     try:
         with disk_errors(data_path, data_size):
@@ -183,13 +182,6 @@ def _check_sources(slots: list[Slot], source: WeightSource) -> None:
             assert expected, f"{slot.stored.parameter}: a scalar parameter has no rows to read"
             if shape != expected:
                 raise CheckpointError(f"{slot.stored.parameter}: shape {list(shape)}, the graph says {list(expected)}")
-
-
-def _check_space(path: Path, num_bytes: int) -> None:
-    with disk_errors(path, num_bytes):
-        free = shutil.disk_usage(path.parent).free
-    if free < num_bytes + _GRAPH_SLACK:
-        raise CapacityError(f"{path}: needs {num_bytes + _GRAPH_SLACK} bytes, the disk has {free} free; make room")
 
 
 def _fill_initializers(slots: list[Slot], data_name: str) -> None:
