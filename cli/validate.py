@@ -72,17 +72,20 @@ def execute(args: argparse.Namespace) -> int:
     default = [package.variant().name] if args.golden is not None else package.manifest.variants
     variants = tuple(package.variant(name).name for name in dict.fromkeys(args.variant or default))
     gates = default_gates() if args.gates is None else load_gates(args.gates)
+    journal = None
     with Progress("validate") as progress:
         if args.golden is not None:
             report = _golden(package, args.golden, variants, gates, progress)
         elif args.against is not None:
-            report = _against(package, args, variants, gates, progress)
+            report, journal = _against(package, args, variants, gates, progress)
         else:
-            report = _reference(package, args, variants, gates, progress)
+            report, journal = _reference(package, args, variants, gates, progress)
     if report is None:
         print(f"FAIL: no golden folder in {args.golden} belongs to the checkpoint that {package.path} was made from")
         return 1
     files = write_report(report, args.report, args.task)
+    if journal is not None:
+        journal.remove()
     if args.json:
         print(json.dumps(report_json(report), indent=1, ensure_ascii=False, allow_nan=False))
     else:
@@ -148,7 +151,8 @@ def _golden(package: Package, root: Path, variants: Sequence[str], gates: Any, p
 
 def _reference(
     package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress
-) -> Report:
+) -> tuple[Report, Any]:
+    """The report, and the journal that goes once it is written."""
     from ..validate.insides import Plan  # needs torch and transformers
     from ..validate.reference import load_reference
     from ..validate.run import validate_reference
@@ -159,7 +163,7 @@ def _reference(
         if args.trust_remote_code:
             raise InputError("--trust-remote-code: this package is compared with modules of its family; leave it out")
         _refuse_task(package, args.task)
-        return _images_reference(package, args, variants, gates, progress, plan)
+        return _images_reference(package, args, variants, gates, progress, plan), None
     samples, task = _samples(package, args)
     reference = load_reference(checkpoint, trust_remote_code=args.trust_remote_code)
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(checkpoint.iterdir())]
@@ -167,13 +171,12 @@ def _reference(
         report = validate_reference(
             package, checkpoint, reference, samples, task, variants, gates, progress, journal, plan
         )
-        journal.remove()
-    return report
+    return report, journal
 
 
 def _against(
     package: Package, args: argparse.Namespace, variants: Sequence[str], gates: Any, progress: Progress
-) -> Report:
+) -> tuple[Report, Any]:
     from ..runtime.model import Model
     from ..validate.against import open_other
     from ..validate.run import validate_against
@@ -189,12 +192,12 @@ def _against(
             from ..validate.images import built_in_images
 
             _refuse_task(package, args.task)
-            return validate_images_against(package, model, built_in_images()[: args.limit], variants, gates, progress)
+            images = built_in_images()[: args.limit]
+            return validate_images_against(package, model, images, variants, gates, progress), None
         samples, task = _samples(package, args)
         with _journal(package, args, samples, task, gates, {"against": [_manifest_sha256(other), name]}) as journal:
             report = validate_against(package, model, samples, task, variants, gates, progress, journal)
-            journal.remove()
-    return report
+    return report, journal
 
 
 def _refuse_task(package: Package, folder: Path | None) -> None:

@@ -1,5 +1,6 @@
 """Two packages, or two variants of one, without PyTorch: the same report as against a checkpoint."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import vlmport.cli.validate as cli
 from vlmport.cli.main import main
+from vlmport.validate.against import PackageReference
 
 GOLDENS = Path(__file__).parent / "goldens"
 BLOCKED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
@@ -91,6 +94,34 @@ def test_a_package_that_reads_pictures_otherwise_fails_at_its_inputs(package, tm
     outcomes = {row["stage"]: row["outcome"] for row in variant["rows"]}
     assert outcomes["inputs"] == outcomes["pixel_values"] == "FAIL"
     assert "not equal: pixel_values of picture" in capsys.readouterr().out
+
+
+def test_a_stage_that_the_other_side_lacks_is_told(package, tmp_path, monkeypatch):
+    original = PackageReference.vision
+    monkeypatch.setattr(PackageReference, "vision", lambda self, patches: (None, original(self, patches)[1]))
+    arguments = ["validate", str(package), "--against", f"{package}:fp32", "--variant", "fp32", "--limit", "2"]
+    assert main([*arguments, "--report", str(tmp_path)]) == 0
+    (variant,) = json.loads((tmp_path / "report.json").read_text())["variants"]
+    assert "vision" not in {row["stage"] for row in variant["rows"]}
+    lacks = {"sample": "picture", "stage": "vision", "reason": "the reference gives none"}
+    assert variant["not_compared"] == [lacks]
+
+
+def test_what_was_found_is_kept_until_its_report_is_written(package, tmp_path, monkeypatch):
+    """A disk that is full then costs nothing but the page."""
+    arguments = ["validate", str(package), "--against", f"{package}:fp32", "--variant", "fp32", "--limit", "1"]
+    arguments += ["--report", str(tmp_path)]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "report.json"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "write_report", full)
+        assert main(arguments) == 2
+    assert len(list((tmp_path / "unfinished").iterdir())) == 1
+    monkeypatch.setattr(PackageReference, "prefill", None)  # nothing is left to be asked
+    assert main(arguments) == 0
+    assert not (tmp_path / "unfinished").exists()
 
 
 def test_a_task_is_asked_of_both(package, calibration, tmp_path, capsys):

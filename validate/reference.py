@@ -186,10 +186,13 @@ def compare_sample(
         records.append(compare_ids(name, "position_ids", arrays["position_ids"], prepared.position_ids))
     else:
         records.append(NotCompared(name, "position_ids", "the reference takes the runtime's"))
-    if stages.vision is not None:
-        records.append(compare_tensors(name, "vision", "vision", arrays["vision"], stages.vision))
-    if stages.features is not None:
-        records.append(compare_tensors(name, "projector", "projector", arrays["projector"], stages.features))
+    for stage, found in (("vision", stages.vision), ("projector", stages.features)):
+        theirs = arrays.get(stage)
+        if found is not None and theirs is not None:
+            records.append(compare_tensors(name, stage, stage, theirs, found))
+        elif found is not None or theirs is not None:
+            side = "the variant" if found is None else "the reference"
+            records.append(NotCompared(name, stage, f"{side} gives none"))
     records.append(compare_tensors(name, "inputs_embeds", "embeddings", arrays["inputs_embeds"], stages.inputs_embeds))
     records.append(compare_logits(name, "prefill_logits", "prompt", arrays["prefill_logits"], stages.prefill_logits))
     records.append(compare_logits(name, "step_logits", "decode", arrays["step_logits"], stages.step_logits))

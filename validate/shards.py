@@ -154,11 +154,11 @@ def _run_shard(
         num_done = len(asked)
         for name in variants:
             for number, sample in zip(shard.numbers, samples, strict=True):
-                progress(num_done, 0, f"{name}, {sample.id}")
-                num_done += (sample.id, name) in missing
                 if journal is not None and (sample.id, name) not in missing:
                     yield name, journal.read(sample.id, name), 0.0
                     continue
+                progress(num_done, 0, f"{name}, {sample.id}")
+                num_done += 1
                 started = time.perf_counter()
                 records = _compare(model_of(name), name, questions, number, runs[sample.id])
                 if journal is not None:
