@@ -55,10 +55,10 @@ class _Inputs:
     """What the input of some linears was like, added up over all rows by their weights."""
 
     size: torch.Tensor  # sum of weight * |x|, [K]
-    # Sum of weight * x x^T: of all columns [1, K, K] for gptq, of blocks of columns [B, S, S] for awq.
+    # Sum of weight * x x^T: of all columns [1, K, K] for gptq, of blocks of columns [B, S, S] for awq alone.
     products: torch.Tensor
     total: float = 0.0  # sum of weights
-    uses: set[tuple[bool, int]] = field(default_factory=set[tuple[bool, int]])  # to come: whether gptq's, block size
+    uses: set[tuple[bool, int]] = field(default_factory=set[tuple[bool, int]])  # whether gptq's, block size
     hessians: dict[int, Hessian] = field(default_factory=dict[int, Hessian])  # by block size
 
     @classmethod
@@ -66,11 +66,16 @@ class _Inputs:
         """Nothing yet, for blocks of `span` columns."""
         return cls(torch.zeros(num_columns), torch.zeros(num_blocks(num_columns, span), span, span))
 
+    @property
+    def is_whole(self) -> bool:
+        """True where the products are those of all columns."""
+        return self.products.shape[-1] == len(self.size)
+
     def add(self, rows_TK: torch.Tensor, weights_T: torch.Tensor) -> None:
         weighted = rows_TK * weights_T[:, None]
         self.size += weighted.abs().sum(0)
         self.total += float(weights_T.sum())
-        if len(self.products) > 1:
+        if not self.is_whole:
             left, right = (blocks_of(x, self.products.shape[1]).transpose(0, 1) for x in (weighted, rows_TK))
             self.products.baddbmm_(left.transpose(1, 2), right)
             return
@@ -80,7 +85,7 @@ class _Inputs:
 
     def complete(self) -> None:
         """Fills in what lies below the diagonal, when all has been added."""
-        if len(self.products) == 1:
+        if self.is_whole:
             for start in range(0, len(self.size), _PRODUCT_ROWS):
                 stop = start + _PRODUCT_ROWS
                 self.products[0, stop:, start:stop] = self.products[0, start:stop, stop:].T
@@ -94,12 +99,11 @@ class _Inputs:
 
     def blocks(self, block_size: int) -> torch.Tensor:
         """The products within each block, [B, S, S]."""
-        self.uses.discard((False, block_size))
         found = torch.cat([_on_diagonal(part, block_size) for part in self.products])
         return found[: num_blocks(len(self.size), block_size)]
 
     def hessian(self, block_size: int, name: str) -> Hessian:
-        """Ready for gptq, found once for all linears; what was added up goes with the last use."""
+        """Ready for gptq, found once for all linears; what was added up goes where nobody else needs it."""
         if block_size not in self.hessians:
             self.uses.discard((True, block_size))
             held = [self.products[0].clone() if self.uses else self.products[0]]
@@ -149,6 +153,7 @@ def _observe(stage: Stage, needed: Mapping[str, WeightFormat]) -> dict[str, _Inp
     inputs: dict[str, _Inputs] = {}
     uses = {name: ("gptq" in format.method, format.block_size) for name, format in needed.items()}
     is_whole = any(whole for whole, _ in uses.values())
+    largest = max((block_size for _, block_size in uses.values()), default=0)  # smaller blocks are parts of it
     at_work = 0
     seen: list[tuple[torch.Tensor, _Inputs]] = []  # inputs of this sample, so that each is added once
 
@@ -158,7 +163,7 @@ def _observe(stage: Stage, needed: Mapping[str, WeightFormat]) -> dict[str, _Inp
                 return
         size = x.shape[-1]
         if name not in inputs:
-            inputs[name] = _Inputs.of(size, size if is_whole else uses[name][1])
+            inputs[name] = _Inputs.of(size, size if is_whole else largest)
         rows = x.reshape(-1, size).to(torch.float32)
         inputs[name].add(rows, stage.row_weights(at_work, len(rows)))
         seen.append((x, inputs[name]))

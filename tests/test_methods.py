@@ -1,5 +1,8 @@
 """Methods that find codes: bounds of each, odd shapes, and that none errs more by its own measure than rounding."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from vlmport.quant.calibrate import quantize_stage
+from vlmport.quant.found import FoundRole
 from vlmport.quant.gptq import factorize, gptq_rows
 from vlmport.quant.grid import best_grid, nearest_grid
 from vlmport.quant.hqq import hqq_rows
@@ -130,6 +135,43 @@ def test_gptq_without_activations_is_rounding_to_nearest() -> None:
     format = WeightFormat(4)
     codes = gptq_rows(torch.from_numpy(weight), factorize([torch.zeros(64, 64)], 32), format)
     check_bound(weight, codes, format)
+
+
+class Readers:
+    """A stage of linears that read one value."""
+
+    def __init__(self, names: Sequence[str], num_columns: int) -> None:
+        random = torch.Generator().manual_seed(0)
+        weights = {name: torch.randn(6, num_columns, generator=random) for name in "qkv"}
+        self.linears: dict[str, torch.nn.Module] = {name: torch.nn.Linear(num_columns, 6) for name in names}
+        self.parameters = {name: torch.nn.Parameter(weights[name]) for name in names}
+        self.num_samples, self._x = 2, torch.randn(2, 40, num_columns, generator=random)
+
+    def run(self, sample: int) -> torch.Tensor:
+        x = self._x[sample]
+        return torch.cat([linear(x) for linear in self.linears.values()], -1)
+
+    def row_weights(self, sample: int, num_rows: int) -> torch.Tensor:
+        return torch.full((num_rows,), 0.5 + sample)
+
+
+@pytest.mark.parametrize("num_columns", [20, 64, 70])
+@pytest.mark.parametrize("methods", [("awq", "awq", "awq"), ("awq", "gptq", "awq"), ("gptq", "awq", "gptq")])
+@pytest.mark.parametrize("block_sizes", [(32, 32, 32), (16, 32, 16)])
+def test_linears_that_read_one_value_get_what_each_gets_alone(
+    methods: tuple[str, ...], block_sizes: tuple[int, ...], num_columns: int, tmp_path: Path
+) -> None:
+    """By any methods in any order, in blocks of any sizes, and where a row is shorter than a block."""
+    kinds = zip("qkv", methods, block_sizes, strict=True)
+    formats = {name: WeightFormat(4, block_size, method=method) for name, method, block_size in kinds}
+    together = FoundRole(tmp_path)
+    quantize_stage(Readers("qkv", num_columns), formats, [], "float32", together)
+    for name in "qkv":
+        alone = FoundRole(tmp_path / name)
+        alone.folder.mkdir()
+        quantize_stage(Readers(name, num_columns), formats, [], "float32", alone)
+        expected, values = (found.codes[name].values(0, 6, num_columns) for found in (alone, together))
+        assert np.mean(values == expected) > 0.95, "sums of other shapes differ in their last bit"
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
