@@ -30,6 +30,7 @@ __all__ = [
     "file_stem",
     "load_recipe",
     "precision_label",
+    "rules_about",
     "with_cache",
     "with_guard",
     "with_method",
@@ -335,11 +336,11 @@ def precision_label(recipe: Recipe, role: str, target: Target = "cpu") -> str:
     """
     if recipe.is_calibrated(role, target):
         return recipe.name
-    said = _said_about(recipe.rules, role, target)
+    said = rules_about(recipe.rules, role, target)
     for base in BUILTIN_NAMES:
         for block_size in (_DEFAULT_BLOCK, *(_BLOCK_SIZES if base.startswith("int") else ())):
             label = _block_name(base, block_size)
-            if _said_about(_builtin_rules(label) or (), role, target) == said:
+            if rules_about(_builtin_rules(label) or (), role, target) == said:
                 return label
     return recipe.name
 
@@ -349,7 +350,7 @@ def file_stem(role: str, label: str) -> str:
     return role if label == "fp32" else f"{role}_{label}"
 
 
-def _said_about(rules: tuple[Rule, ...], role: str, target: Target) -> tuple[tuple[str, WeightFormat], ...]:
+def rules_about(rules: tuple[Rule, ...], role: str, target: Target) -> tuple[tuple[str, WeightFormat], ...]:
     """The rules that can reach a role, without the role and without repetitions that an earlier rule hides."""
     said: dict[str, WeightFormat] = {}
     for rule in rules:

@@ -10,12 +10,12 @@ import onnx_ir as ir
 
 from ..runtime.errors import RecipeError
 from ..runtime.manifest import Calibration, FileEntry, GraphFile, Variant
-from ..runtime.schema import to_json
+from ..runtime.schema import SchemaError, from_json, to_json
 from .balance import balance
 from .found import Factors, FoundRole
 from .guard import Guard
 from .kv_cache import quantize_cache
-from .recipe import Recipe, Target, file_stem, precision_label
+from .recipe import Recipe, Rule, Target, file_stem, precision_label, rules_about
 from .rewrite import rewrite
 from .store import Content, Place, Progress, WeightSource, places, write_graph
 
@@ -109,12 +109,22 @@ class _Writer:
         self.files: dict[str, FileEntry] = {}
 
     def share(self, role: str, label: str) -> bool:
-        """Takes the graph of a variant that stores the role alike, if there is one."""
-        alike = (variant.graphs[role] for variant in self._present.values() if variant.graphs[role].precision == label)
+        """Takes the graph of a variant that stores the role alike, if there is one.
+
+        Raises RecipeError where a label meant something else when that variant was made: builtin rules change.
+        """
+        alike = (variant for variant in self._present.values() if variant.graphs[role].precision == label)
         found = next(alike, None)
-        if found is not None:
-            self.graphs[role] = found
-        return found is not None
+        if found is None:
+            return False
+        wanted = rules_about(self._recipe.rules, role, self._target)
+        if rules_about(_rules_of(found), role, self._target) != wanted:
+            raise RecipeError(
+                f"recipe {self._recipe.name}: variant {found.name!r} has {role} in {label} by the rules of another "
+                "version; export the checkpoint again"
+            )
+        self.graphs[role] = found.graphs[role]
+        return True
 
     def know(self, graph: ir.Graph, source: WeightSource) -> None:
         """Takes note of what the tables' graph stores."""
@@ -156,6 +166,14 @@ class _Writer:
         self.files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
         if role == _TABLES:
             self.know(model.graph, source)
+
+
+def _rules_of(variant: Variant) -> tuple[Rule, ...]:
+    """Those of the recipe that a variant was made by; none where this version cannot read them."""
+    try:
+        return from_json(tuple[Rule, ...], variant.recipe.get("rules"))
+    except SchemaError:
+        return ()
 
 
 def _named(progress: Progress | None, stem: str) -> Progress | None:

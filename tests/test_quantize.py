@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -96,6 +97,20 @@ def test_variants_share_files(tmp_path: Path) -> None:
     assert (tmp_path / "p" / "onnx" / "embed_tokens_int8.onnx_data").stat().st_ino == inode, "it was written again"
     assert manifest.variants["int4"].graphs["embed_tokens"] == manifest.variants["int8"].graphs["embed_tokens"]
     assert set(content(tmp_path / "p")) - set(before) == {"onnx/decoder_int4.onnx", "onnx/decoder_int4.onnx_data"}
+
+
+@pytest.mark.parametrize("rules", [[{"match": "*/*.weight", "format": {"bits": 4}}], [{"match": "*", "new": 1}], None])
+def test_a_label_that_meant_something_else_is_refused(rules: list[dict[str, Any]] | None, tmp_path: Path) -> None:
+    """Builtin rules change between versions: files of the older ones are not taken for those of the newer."""
+    package = make_package(tmp_path / "package", *recipes("fp32", "int4"))
+    variants = dict(package.manifest.variants)
+    variants["mine"] = dataclasses.replace(variants.pop("int4"), name="mine", recipe={"name": "mine", "rules": rules})
+    older = dataclasses.replace(package.manifest, variants=variants)
+    (package.path / MANIFEST_NAME).write_text(manifest_text(older))
+    before = content(package.path)
+    with pytest.raises(RecipeError, match=r"'mine' has .* in int[48] by the rules of another version"):
+        quantize_package(package.path, load_recipe("int4"))
+    assert content(package.path) == before
 
 
 def test_weights_of_the_caller_go_first(tmp_path: Path) -> None:
