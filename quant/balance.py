@@ -20,7 +20,6 @@ from collections.abc import Collection, Hashable
 import numpy as np
 import onnx_ir as ir
 
-from .data_file import Progress
 from .folds import Fold, find_folds
 from .found import Factors, vector_of
 from .recipe import Recipe, Target, WeightFormat
@@ -43,7 +42,6 @@ def balance(
     target: Target,
     source: WeightSource,
     tied: Collection[TiedWeight] = (),
-    progress: Progress | None = None,
 ) -> Factors:
     """The factors of each fold of a float graph all of whose readers say `balance`; the graph is left as it is.
 
@@ -63,8 +61,6 @@ def balance(
             for name, format in zip(fold.readers, readers, strict=True)
         ):
             continue
-        if progress is not None:
-            progress(0, 0, fold.readers[0])
         reach_C = sizes.reach(fold)
         factors_C = balancing_factors(reach_C, sizes.need(fold, reach_C))
         if (factors_C != 1).any():

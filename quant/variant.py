@@ -137,8 +137,9 @@ class _Writer:
         model, source = self._open_role(role)
         if role not in self._balanced:
             tied = {(content.origin, content.format) for content in self._known}
-            tell = _named(self._progress, f"balancing {role}")
-            self._balanced[role] = balance(model.graph, role, self._recipe, self._target, source, tied, tell)
+            if self._progress is not None and any(rule.format.balance for rule in self._recipe.rules):
+                self._progress(0, 0, f"balancing {role}")
+            self._balanced[role] = balance(model.graph, role, self._recipe, self._target, source, tied)
         return model, self._balanced[role].apply(model, source)
 
     def write(self, role: str, label: str, found: FoundRole | None = None) -> None:
