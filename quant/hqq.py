@@ -7,7 +7,8 @@ Dims: N rows, K values a row, B blocks a row, S values a block.
 Rounding to nearest spreads a block's codes over its whole range. Most weights lie in the middle of it, so a smaller
 scale that clips the ends often errs less. The norm is split as in the paper: an error term e is found by shrinkage,
 then scale and zero point fit w - e. Unlike the paper's, zero points are integers, as the fast kernels want them, and
-steps go on from the best of a few scales and of all steps so far.
+steps go on from the best of a few scales and of all steps so far. With 2 bits scales stay those of rounding, as in the
+paper: smaller ones pull all large weights towards zero, which costs answers more than the norm tells.
 """
 
 import numpy as np
@@ -48,7 +49,8 @@ def _improve(values: Float32, real: np.ndarray, start: Codes, format: WeightForm
     top = 2**format.bits - 1
     codes, scale, zero = (part.astype(np.float32) for part in start)
     best = _Best(values, real, codes, scale, zero)
-    for shrink in _SHRINKS:
+    moves_scale = format.bits > 2
+    for shrink in _SHRINKS if moves_scale else ():
         smaller = round_to(scale * np.float32(shrink), scale_dtype)
         smaller = np.where(smaller > 0, smaller, scale)
         best.offer(_round(values, smaller, zero, top), smaller, zero)
@@ -61,7 +63,7 @@ def _improve(values: Float32, real: np.ndarray, start: Codes, format: WeightForm
         steps = codes - zero
         size = np.sum(steps * steps, axis=0)
         fitted = round_to(np.sum(steps * target, axis=0) / np.maximum(size, 1), scale_dtype)
-        scale = np.where((size > 0) & (fitted > np.finfo(np.float32).smallest_normal), fitted, scale)
+        scale = np.where(moves_scale & (size > 0) & (fitted > np.finfo(np.float32).smallest_normal), fitted, scale)
         if not best.offer(_round(values, scale, zero, top), scale, zero):
             break
         beta *= _GROWTH
