@@ -51,11 +51,12 @@ def test_an_export_takes_little_memory(int4: VariantReport) -> None:
 
 
 def test_an_export_reads_and_writes_what_it_must(report: ShapeReport, int4: VariantReport) -> None:
-    """Weights are read to be hashed and to be stored, a tied table once more; a byte of the package is written once."""
+    """Weights are read to be hashed and to be stored, a tied table and what balancing looks at once more; a byte of the
+    package is written once."""
     assert int4.export is not None
     assert int4.package_size is not None
     libraries = 150 * MB
-    assert report.checkpoint_size < int4.export.bytes_read < 2.5 * report.checkpoint_size + libraries
+    assert report.checkpoint_size < int4.export.bytes_read < 3 * report.checkpoint_size + libraries
     assert int4.package_size < int4.export.bytes_written < 1.05 * int4.package_size + 5 * MB
 
 
