@@ -66,7 +66,7 @@ endif
 validate: $(STAMP) $(if $(filter $(DEMO)/checkpoint,$(CHECKPOINT)),build/calibration/receipts/samples.jsonl) ## compare PACKAGE with CHECKPOINT, stage by stage: the whole report, build/report/report.html
 ifeq ($(CHECKPOINT),$(DEMO)/checkpoint)
 	test -f $(PACKAGE)/vlmport.json || $(VLMPORT) export $(CHECKPOINT) -o $(PACKAGE) --recipe $(RECIPES) --target $(TARGET)
-	test -f $(PACKAGE)/onnx/decoder_int4-mixed.onnx || $(VLMPORT) quantize $(PACKAGE) --recipe int4-mixed --method gptq --max-kl 0.001 \
+	test -f $(PACKAGE)/onnx/decoder_int4-mixed_gptq.onnx || $(VLMPORT) quantize $(PACKAGE) --recipe int4-mixed --method gptq --max-kl 0.001 \
 		--calibration build/calibration/receipts --calibration-samples 48 --checkpoint $(CHECKPOINT)
 	$(BIN)/python $(DEMO)/receipts.py $(TASK) --num $(QUESTIONS)
 	$(VLMPORT) validate $(PACKAGE) --reference $(CHECKPOINT) --task $(TASK) --report build/report
