@@ -21,7 +21,7 @@ def check_calibration(recipes: Sequence[Recipe], target: Target, folder: Path | 
             )
     needing = [recipe.name for recipe in recipes if recipe.is_calibrated(target=target)]
     if needing and folder is None:
-        raise RecipeError(f"recipe {needing[0]}: its method looks at activations; give --calibration DIR")
+        raise RecipeError(f"recipe {needing[0]}: its method or cache looks at activations; give --calibration DIR")
     if folder is not None and not needing:
         names = ", ".join(recipe.name for recipe in recipes)
         is_half = any(rule.format.bits == 16 for recipe in recipes for rule in recipe.rules)

@@ -60,7 +60,7 @@ def write_variant(
     roles = tuple(roles)
     is_calibrated = any(recipe.is_calibrated(role, target) for role in roles)  # a rule may be about a role not there
     if is_calibrated and calibrate is None:
-        raise RecipeError(f"recipe {recipe.name}: its method looks at activations; give --calibration DIR")
+        raise RecipeError(f"recipe {recipe.name}: its method or cache looks at activations; give --calibration DIR")
     writer = _Writer(recipe, target, present, open_role, folder, progress)
     labels = {role: precision_label(recipe, role, target) for role in roles}
     for role, label in labels.items():

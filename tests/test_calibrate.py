@@ -183,7 +183,7 @@ def test_bad_samples_are_told_in_one_line(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "gptq"], "recipe int4_gptq: its method looks at activations; give --calibration DIR"),
+        (["--method", "gptq"], "recipe int4_gptq: its method or cache looks at activations; give --calibration DIR"),
         (["--method", "hqq", "--calibration", "x"], "no method of int4_hqq looks at data; leave it out"),
         (["--calibration-seed", "3"], "--calibration-seed 3: goes with --calibration DIR"),
         (["--calibration-weights", "image=1"], "--calibration-weights image=1: goes with --calibration DIR"),

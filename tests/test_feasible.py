@@ -48,7 +48,7 @@ QUANTIZE = [
     ),
     (["--recipe", "int8-dynamic", "--method", "gptq"], "int8-dynamic has no codes that a method finds"),
     (["--recipe", "nf4", "--method", "hqq"], "nf4 has no codes that a method finds"),
-    (["--recipe", "int4", "--kv-cache", "int8"], "int4_kv8: its method looks at activations; give --calibration DIR"),
+    (["--recipe", "int4", "--kv-cache", "int8"], "its method or cache looks at activations; give --calibration DIR"),
     (["--recipe", "int4", "--method", "gptq"], "give --calibration DIR"),
     (["--recipe", "fp16", *DATA], "the cpu target computes in float32"),
     (["--recipe", "int4", *DATA], "no method of int4 looks at data"),
