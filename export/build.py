@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from ..quant.digest import FileDigests
 from ..quant.feasible import check_calibration
-from ..quant.recipe import Recipe
+from ..quant.recipe import TABLE_ROLE, Recipe
 from ..quant.store import Progress
 from ..quant.variant import write_variant
 from ..runtime.errors import RecipeError
@@ -122,7 +122,7 @@ def _write_variants(
             graphs.open_role,
             folder,
             progress,
-            open_tables=lambda entry: (ir.load(folder / entry.graph).graph, graphs.sources["embed_tokens"]),
+            open_tables=lambda entry: (ir.load(folder / entry.graph).graph, graphs.sources[TABLE_ROLE]),
             calibrate=calibrate,
         )
         files |= new

@@ -21,7 +21,7 @@ from ..runtime.errors import PackageError, RecipeError
 from ..runtime.manifest import ROLES, Allocation, GraphFile, Manifest
 from ..runtime.package import MANIFEST_NAME, Package, file_entry, manifest_text, only_writer
 from ..runtime.schema import to_json
-from .recipe import Recipe
+from .recipe import TABLE_ROLE, Recipe
 from .rewrite import restore_float
 from .store import Progress, WeightSource
 from .variant import Calibrate, write_variant
@@ -163,8 +163,8 @@ def _build(
 
     def open_tables(stored: GraphFile) -> tuple[ir.Graph, WeightSource] | None:
         if sources is not None:
-            return _read_graph(package, stored).graph, sources["embed_tokens"]
-        entry = _find_lossless(package, "embed_tokens")
+            return _read_graph(package, stored).graph, sources[TABLE_ROLE]
+        entry = _find_lossless(package, TABLE_ROLE)
         if entry is None:
             return None
         # Where weights lie tells which are the same; what they are does not matter here, so no hash is checked.

@@ -21,6 +21,7 @@ __all__ = [
     "CALIBRATED_METHODS",
     "METHODS",
     "MIXED_NAME",
+    "TABLE_ROLE",
     "CacheFormat",
     "RangeGuard",
     "Recipe",
@@ -45,7 +46,7 @@ _BLOCK_SIZES = (16, 32, 64, 128, 256)  # what com.microsoft.MatMulNBits takes
 _BLOCK_SIZES_OF_2_BITS = (32, 64, 128)  # of the others it computes 50 times slower
 _DEFAULT_BLOCK = 32
 _TABLE_BLOCK = 64  # of nf4, as bitsandbytes has it
-_TABLES = "embed_tokens"
+TABLE_ROLE = "embed_tokens"  # the role whose table a tied head is
 _TABLE_AND_HEAD = ("embed_tokens/*.weight", "decoder/lm_head.weight")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")  # part of file names; lower case, as some disks ignore case
 
@@ -246,7 +247,9 @@ class Recipe:
 
     def is_calibrated(self, role: str | None = None, target: Target = "cpu") -> bool:
         """True where the cache, the guard, or a rule that can reach the role, or any, needs calibration data."""
-        if self.is_guarded(target) and role != _TABLES:  # a table holds what the checkpoint has, whatever it is asked
+        if (
+            self.is_guarded(target) and role != TABLE_ROLE
+        ):  # a table holds what the checkpoint has, whatever it is asked
             return True
         return (self.cache is not None and role in (None, "decoder")) or any(
             rule.format.is_calibrated

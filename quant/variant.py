@@ -15,13 +15,11 @@ from .balance import balance
 from .found import Factors, FoundRole
 from .guard import Guard
 from .kv_cache import quantize_cache
-from .recipe import Recipe, Rule, Target, file_stem, precision_label, rules_about
+from .recipe import TABLE_ROLE, Recipe, Rule, Target, file_stem, precision_label, rules_about
 from .rewrite import rewrite
 from .store import Content, Place, Progress, WeightSource, places, write_graph
 
 __all__ = ["Calibrate", "OpenRole", "OpenTables", "write_variant"]
-
-_TABLES = "embed_tokens"  # a tied head is the table of this role
 
 OpenRole = Callable[[str], tuple[ir.Model, WeightSource]]  # role -> a float graph to change, and its weights
 # A stored graph of the tables, with the places of its weights, and where these come from; None where nobody knows.
@@ -66,10 +64,10 @@ def write_variant(
     for role, label in labels.items():
         writer.share(role, label)
     missing = [role for role in roles if role not in writer.graphs]
-    if _TABLES in missing:  # what it has, others need not store
-        missing.remove(_TABLES)
-        writer.write(_TABLES, labels[_TABLES])
-    elif _TABLES in writer.graphs and missing and (opened := open_tables(writer.graphs[_TABLES])) is not None:
+    if TABLE_ROLE in missing:  # what it has, others need not store
+        missing.remove(TABLE_ROLE)
+        writer.write(TABLE_ROLE, labels[TABLE_ROLE])
+    elif TABLE_ROLE in writer.graphs and missing and (opened := open_tables(writer.graphs[TABLE_ROLE])) is not None:
         writer.know(*opened)
     with tempfile.TemporaryDirectory(
         prefix=".calibration-", dir=folder
@@ -128,8 +126,8 @@ class _Writer:
 
     def know(self, graph: ir.Graph, source: WeightSource) -> None:
         """Takes note of what the tables' graph stores."""
-        parameters = self.graphs[_TABLES].formats
-        formats = {parameter: self._recipe.format_of(_TABLES, parameter, self._target) for parameter in parameters}
+        parameters = self.graphs[TABLE_ROLE].formats
+        formats = {parameter: self._recipe.format_of(TABLE_ROLE, parameter, self._target) for parameter in parameters}
         self._known = places(graph, formats, source)
 
     def open(self, role: str) -> tuple[ir.Model, WeightSource]:
@@ -165,7 +163,7 @@ class _Writer:
         written = write_graph(model, stored, source, self._folder, stem, tell, known=self._known, found=codes)
         self.graphs[role] = written.graph_file(label)
         self.files |= {f"onnx/{name}": entry for name, entry in written.files.items()}
-        if role == _TABLES:
+        if role == TABLE_ROLE:
             self.know(model.graph, source)
 
 
