@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..quant.apply import quantize_package
-from ..quant.recipe import METHODS, MIXED_NAME, Recipe, Rule, WeightFormat
+from ..quant.recipe import METHODS, MIXED_NAME, Recipe, Rule, WeightFormat, name_with_method
 from ..runtime.errors import InputError, RecipeError
 from ..runtime.package import Package
 from .progress import Progress
@@ -64,7 +64,7 @@ def quantize_mixed(
     from ..export.mixed import choose_bits
 
     budget, method = budget_of(args, package), args.method or "rtn"
-    name = args.name or (MIXED_NAME if method == "rtn" else f"{MIXED_NAME}_{method.replace('+', '-')}")
+    name = args.name or (MIXED_NAME if method == "rtn" else name_with_method(MIXED_NAME, method))
     if name in package.manifest.variants:
         raise RecipeError(f"{package.path}: has a variant {name!r}; give this one another name by --name")
     Recipe(name, (Rule("*/*.weight", WeightFormat(bits=4)),))  # a name that cannot be is told before any work

@@ -30,6 +30,7 @@ __all__ = [
     "WeightFormat",
     "file_stem",
     "load_recipe",
+    "name_with_method",
     "precision_label",
     "rules_about",
     "with_cache",
@@ -247,9 +248,8 @@ class Recipe:
 
     def is_calibrated(self, role: str | None = None, target: Target = "cpu") -> bool:
         """True where the cache, the guard, or a rule that can reach the role, or any, needs calibration data."""
-        if (
-            self.is_guarded(target) and role != TABLE_ROLE
-        ):  # a table holds what the checkpoint has, whatever it is asked
+        # A table holds what the checkpoint has, whatever it is asked: nothing to guard.
+        if self.is_guarded(target) and role != TABLE_ROLE:
             return True
         return (self.cache is not None and role in (None, "decoder")) or any(
             rule.format.is_calibrated
@@ -314,7 +314,12 @@ def with_method(recipe: Recipe, method: str | None) -> Recipe:
             rules.append(rule)
     if tuple(rules) == recipe.rules:
         return recipe
-    return replace(recipe, name=f"{recipe.name}_{method.replace('+', '-')}", rules=tuple(rules))
+    return replace(recipe, name=name_with_method(recipe.name, method), rules=tuple(rules))
+
+
+def name_with_method(name: str, method: str) -> str:
+    """What a variant of a recipe is called by whose codes another method than rounding finds: "int4_awq-gptq"."""
+    return f"{name}_{method.replace('+', '-')}"
 
 
 def with_cache(recipe: Recipe, scales: Literal["channel", "tensor"] | None) -> Recipe:
